@@ -11,7 +11,7 @@ from cli.simulation_commands import Accept
 from experiments import ready
 from fedlora.config import accepting, load, parse_overrides
 from fedlora.rounding import at_least
-from fedlora.run_files import finite
+from fedlora.run_files import finite, said_of_head
 from fedlora.terminal import Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
@@ -166,6 +166,7 @@ def _model(described: dict[str, Any], console: Terminal) -> None:
         f"model: {model['name']}, {model['parameters'] / 1e6:.1f} M parameters, "
         f"{model['bytes'] / 1e6:.0f} MB; adapter: {model['trained_parameters']:,} parameters, "
         f"{model['adapter_bytes'] / 1e6:.2f} MB"
+        f"{f'; {head}' if (head := said_of_head(model)) else ''}"
     )
     seconds = ", ".join(
         f"{part} {'at most ' * (part == 'home')}{value:.0f} s"

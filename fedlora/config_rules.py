@@ -23,7 +23,7 @@ OWN_FIGURES = frozenset(
         *("token_loss", "perplexity", "exact_match", "unparseable", "not_evaluated"),
         *("joining", "still_rising", "released", "epsilon_max", "delta", "epsilon_alone_max"),
         *("rounds", "seconds", "run", "run_dir", "base", "labels", "population", "nonce"),
-        *("trained_parameters", "counts", "findings", "origins"),
+        *("trained_parameters", "counts", "findings", "origins", "head"),
     )
 )
 """Names of a run's own figures, which no metric of ``federation.metrics`` may have."""

@@ -14,7 +14,7 @@ from fedlora.config import RunConfig
 from fedlora.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
 from fedlora.files import sync, write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import finite, ledger_alone, said_of_origins, void
+from fedlora.run_files import finite, ledger_alone, said_of_head, said_of_origins, void
 from fedlora.sft import GREEDY, MAX_RESPONSE_TOKENS
 from fedlora.trainable import Trainable
 
@@ -399,6 +399,7 @@ def _training(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> 
             "",
             f"- adapter: {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}; "
             f"{result['trained_parameters']:,} trained parameters",
+            *([f"- {head}"] if (head := said_of_head(result)) else []),
             f"- federation: {result['rounds']} rounds, strategy {federation.strategy}, "
             f"{config.training.local_steps} local steps",
             f"- base model: dtype {work.base.dtype_name}, quantization {config.model.quantization}",

@@ -52,6 +52,13 @@ UNKNOWN = "unknown"
 """In ``origins`` of a result: the ``run`` of a start whose directory is gone."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
+_HEADS = {
+    "zero": "zeros",
+    "labels": "the labels' words",
+    "start": "adapter.start",
+    "base": "the base model",
+}
+"""What the key ``head`` of ``result.json`` says, in words."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """The name of a run in a deployment, which is also its directory's."""
 NODES = "nodes.json"
@@ -195,6 +202,16 @@ def said_of_origins(result: Mapping[str, Any]) -> str:
         "is in no figure here."
         for origin in unprotected_origins(result)
     )
+
+
+def said_of_head(described: Mapping[str, Any]) -> str:
+    """What a head was made of; empty where there is none, or 0.1.0 wrote the file.
+
+    Args:
+        described: The content of ``result.json``, or the model of ``fedlora check``.
+    """
+    head = described.get("head", "")
+    return f"head from {_HEADS[head]}" if head in _HEADS else ""
 
 
 def ledger_alone(statement: Mapping[str, Any]) -> float | None:

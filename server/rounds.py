@@ -52,7 +52,7 @@ from server.roster import Roster, patience
 from server.run_directory import OTHER, RunDirectory, RunState
 from server.secure_session import SecureSession
 from server.spending import Spending
-from server.start import origins, start_adapter
+from server.start import head_start, origins, start_adapter
 from server.trend import independent_texts, still_rising
 from strategies import base, server_optimizer
 from strategies.base import Round
@@ -547,6 +547,7 @@ class Federation:
                 "dtype": self.work.base.dtype_name,
             },
             "labels": list(work.labels),
+            **({"head": state.head} if state.head else {}),
             "population": population.size,
             "nonce": secrets.token_hex(16),
             "trained_parameters": sum(
@@ -599,7 +600,13 @@ class Federation:
         state = self.directory.latest(newest_only=newest_only) if resumed else None
         if state is None:
             adapter = start_adapter(self.config, self.work)
-            state = RunState.first(uuid.uuid4().hex, inputs, adapter, self.work.base.dtype_name)
+            state = RunState.first(
+                uuid.uuid4().hex,
+                inputs,
+                adapter,
+                dtype=self.work.base.dtype_name,
+                head=head_start(self.config, self.work, adapter),
+            )
         if state.inputs != inputs:
             raise InputError(
                 f"{self.directory.path} was run on other records, base weights or another "

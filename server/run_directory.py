@@ -72,6 +72,8 @@ class RunState:
         privacy: Institution -> its last report of its spending.
         seconds: Time spent in rounds.
         dtype: The dtype of the base model; empty in a checkpoint of an earlier version.
+        head: What the head of the first adapter was made of, see `server.start.head_start`; empty
+            in a checkpoint of an earlier version.
     """
 
     run: str
@@ -85,9 +87,12 @@ class RunState:
     privacy: Mapping[str, Mapping[str, Any]]
     seconds: float
     dtype: str = ""
+    head: str = ""
 
     @classmethod
-    def first(cls, run: str, inputs: str, adapter: AdapterState, dtype: str) -> RunState:
+    def first(
+        cls, run: str, inputs: str, adapter: AdapterState, *, dtype: str, head: str
+    ) -> RunState:
         """The state of a run before its first round."""
         return cls(
             run=run,
@@ -101,6 +106,7 @@ class RunState:
             privacy={},
             seconds=0.0,
             dtype=dtype,
+            head=head,
         )
 
     def final_adapter(self) -> AdapterState:

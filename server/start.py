@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from fedlora import released, sources, tables
 from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
 from fedlora.config import INSTITUTIONS, RunConfig, from_flat, load
+from fedlora.encoder import is_merged
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.lora_layers import Scale
@@ -90,6 +92,28 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"
         )
     return loaded
+
+
+def head_start(config: RunConfig, work: Trainable, start: AdapterState) -> str:
+    """What the head of a run's first adapter is made of.
+
+    Args:
+        config: The run.
+        work: Its model.
+        start: The `start_adapter`.
+
+    Returns:
+        ``zero``; ``start``: the head of ``adapter.start``; ``base``: that of a merged base;
+        ``labels``: the labels' words. Empty where the model has no head.
+    """
+    head = start.only(("head",))
+    if not head:
+        return ""
+    if not any(tensor.any() for tensor in head.values()):
+        return "zero"
+    if config.adapter.start:
+        return "start"
+    return "base" if is_merged(cast(Any, work.base.model.config)) else "labels"
 
 
 def _within(adapter: AdapterState, bound: int) -> dict[str, torch.Tensor]:

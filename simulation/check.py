@@ -56,7 +56,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     records = prepare(config)
     with paused_gc():
         from server import aggregation, plugged, population, tracking
-        from server.start import start_adapter
+        from server.start import head_start, start_adapter
     refused: list[str] = []
 
     def attempt(inspect: Any, *arguments: Any) -> Any:
@@ -97,8 +97,9 @@ def describe(config: RunConfig) -> dict[str, Any]:
     work = attempt(_load, config, records)
     loading = time.monotonic() - started
     attempt(tracking.check, config)
-    if work is not None:
-        attempt(start_adapter, config, work)
+    head = ""
+    if work is not None and (start := attempt(start_adapter, config, work)) is not None:
+        head = head_start(config, work, start)
     return {
         "rows": _rows(config, records),
         "classes": _classes(records),
@@ -112,7 +113,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
             "participations": cap,
             **({"reach": findings.reach(config, plans, cap)} if plans else {}),
         },
-        "model": {} if work is None else _model(config, work),
+        "model": {} if work is None else _model(config, work, head),
         "cost": {} if work is None else _cost(config, records, plans, work, loading),
         "findings": [vars(finding) for finding in found],
         "refused": list(dict.fromkeys(refused)),
@@ -207,7 +208,7 @@ def _ledgers(
     return described
 
 
-def _model(config: RunConfig, work: "Trainable") -> dict[str, Any]:
+def _model(config: RunConfig, work: "Trainable", head: str) -> dict[str, Any]:
     from fedlora import tasks
     from fedlora.adapters import PARTS
 
@@ -222,6 +223,7 @@ def _model(config: RunConfig, work: "Trainable") -> dict[str, Any]:
         "bytes": stored,
         "trained_parameters": sum(tensor.numel() for tensor in trained.values()),
         "adapter_bytes": 4 * adapter,  # sent as float32
+        **({"head": head} if head else {}),
     }
 
 

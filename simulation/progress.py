@@ -24,6 +24,7 @@ from fedlora.run_files import (
     link_latest,
     read_records,
     read_run_file,
+    said_of_head,
     void,
 )
 from fedlora.terminal import Terminal
@@ -356,7 +357,8 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     table.add_row(
         "trained",
         f"{result['trained_parameters']:,} parameters "
-        f"({config.adapter.method}, rank {config.adapter.rank})",
+        f"({config.adapter.method}, rank {config.adapter.rank}"
+        f"{f'; {head}' if (head := said_of_head(result)) else ''})",
     )
     truncated = result["counts"]["truncated"]
     if truncated:

@@ -21,6 +21,7 @@ from fedlora import (
     config,
     finished_run,
     hub_upload,
+    label_words,
     model_card,
     model_files,
     run_files,
@@ -235,6 +236,12 @@ def test_a_merged_classifier_is_a_base_model_for_fedlora(classifier, complaints,
     texts = texts_of(complaints)
     ours = answers(again, texts)
     assert ours == answers(classifier, texts)
+    for run_dir, head, said in (
+        (classifier, "zero", "- head from zeros\n"),
+        (again, "base", "- head from the base model\n"),
+    ):
+        assert read_run_file(run_dir)["head"] == head
+        assert said in (run_dir / "adapter" / "README.md").read_text()
     adapter = {"again": (again / "adapter", tmp_path / "merged")}
     assert read_elsewhere(adapter, texts, tmp_path)["again"] == ours
 
@@ -359,6 +366,28 @@ def test_an_audited_run_is_no_origin(classifier, tmp_path):
     config = known.replace({"adapter.start": str(tmp_path / "audited"), "privacy.epsilon": 1.0})
     with pytest.raises(InputError, match="is an audited run, which was trained on planted"):
         start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
+
+
+def test_a_merged_model_has_a_tokenizer_that_cuts_no_text(classifier, complaints, tmp_path):
+    finished_run.evaluate(classifier, str(complaints))  # the base that merge takes has encoded rows
+    finished_run.merge(classifier, tmp_path / "merged")
+    saved = json.loads((tmp_path / "merged" / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_a_finished_run_opens_without_reading_labels(classifier, complaints, monkeypatch):
+    """Its own head is loaded: words that no longer give one must not stop it."""
+
+    def fail(*_):
+        raise AssertionError("the labels were read")
+
+    monkeypatch.setattr(label_words, "head", fail)
+    config = finished_run.configuration(classifier, {}).replace({"adapter.head": "labels"})
+    with pytest.raises(AssertionError, match="the labels were read"):
+        trainable.load(config, ("card", "fraud", "loan"))
+    expected = answers(classifier, texts_of(complaints))
+    monkeypatch.setattr(finished_run, "configuration", lambda *_: config)
+    assert answers(classifier, texts_of(complaints)) == expected
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

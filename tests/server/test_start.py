@@ -18,7 +18,7 @@ from fedlora.messages import Release
 from fedlora.model_card import source
 from fedlora.model_files import Origin
 from fedlora.rounding import at_most
-from server.start import _same_records, origins, start_adapter
+from server.start import _same_records, head_start, origins, start_adapter
 from simulation import continuation
 
 
@@ -62,6 +62,18 @@ def test_a_head_for_other_classes_is_left_out(work, tmp_path):
     for name, tensor in found.items():
         expected = made.start[name] if kind(name) == "head" else made.start[name] + 0.5
         assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("head", ["labels", "zero"])
+def test_a_run_can_say_what_its_head_was_made_of(tiny_config, tmp_path, head):
+    config = tiny_config(**{"adapter.head": head})
+    made = trainable.load(config, ("limit", "scam", "swipe"))
+    assert head_start(config, made, made.start) == head
+    moved(made.start).save(tmp_path / "adapter", made.model)
+    config = config.replace({"adapter.start": str(tmp_path / "adapter")})
+    assert head_start(config, made, start_adapter(config, made)) == "start"
+    (tmp_path / "adapter" / "labels.json").write_text(json.dumps(["scam", "swipe", "limit"]))
+    assert head_start(config, made, start_adapter(config, made)) == "zero"
 
 
 def test_a_head_beside_the_factors_of_other_classes_starts_at_zero_and_not_from_words(
