@@ -168,6 +168,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             },
             **{model: compared[model] for model in MODELS},
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high", "texts")},
+            "gain_shared": compared["gain_shared"],
             "gain_macro_f1": compared["gain_macro_f1"],
             "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
             "privacy": models.private and finite(dataclasses.asdict(models.private.privacy)),
@@ -201,6 +202,7 @@ def report(result: dict[str, Any]) -> list[str]:
         "",
         f"{_finding(result)}.",
         f"In macro-F1: {macro_f1_gain(result['gain_macro_f1'])}.",
+        f"Shared over alone: {interval(result['gain_shared'])}.",
         _made(chosen),
     ]
     if has_interval(result["gain"]):

@@ -109,6 +109,7 @@ def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
                 "In macro-F1, which counts each class alike, the gain is "
                 f"{joining_verdict.macro_f1_gain(joining['gain_macro_f1'])}; one record of a rare "
                 "class can move it by points.",
+                *_shared(joining),
                 _scarce(joining),
                 *missing,
             ],
@@ -127,6 +128,16 @@ def _percent(share: float) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
+
+
+def _shared(joining: Mapping[str, Any]) -> list[str]:
+    """The gain of the shared model; nothing in runs of earlier versions."""
+    if "gain_shared" not in joining:
+        return []
+    return [
+        "The shared model, which an institution has too, over models alone: "
+        f"{joining_verdict.interval(joining['gain_shared'])}."
+    ]
 
 
 def _scarce(joining: Mapping[str, Any]) -> str:

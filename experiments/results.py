@@ -27,10 +27,16 @@ COLUMNS = (
     "delta", "same_as",
 )  # fmt: skip
 """Columns of a line, beside the axes of the grid."""
-JOINING = ("alone", "shared", "own", "gain", "gain_macro_f1")
-JOINING_HEADS = ("alone, %", "shared, %", "own, %", "gain of joining", "gain in macro-F1")
-JOINING_COLUMNS = (*(f"{key}{end}" for key in JOINING for end in ("", "_ci95")),
-                   "institutions", "records", "not_compared", "classes_with_few_texts")  # fmt: skip
+JOINING_HEADS = {
+    "alone": "alone, %", "shared": "shared, %", "own": "own, %", "gain": "gain of joining",
+    "gain_shared": "shared over alone", "gain_macro_f1": "gain in macro-F1",
+}  # fmt: skip
+"""Column -> its head in tables."""
+MACRO_F1 = {f"{model}_macro_f1": model for model in ("alone", "shared", "own")}
+"""Column, which tables leave out -> its model."""
+JOINING_COLUMNS = (*(f"{key}{end}" for key in (*JOINING_HEADS, *MACRO_F1)
+                     for end in ("", "_ci95")), "institutions", "records", "not_compared",
+                   "classes_with_few_texts")  # fmt: skip
 """Further columns where institutions trained at home."""
 ALL = "(all)"
 """The institution's name in lines on the held-out rows of all institutions together.
@@ -47,13 +53,13 @@ CAPTION = (
 )
 """Explains the tables."""
 JOINING_CAPTION = (
-    " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of "
-    "joining is own minus alone, in points, also of macro-F1. Where seeds draw their held-out rows "
-    "and have by chance less spread than the bootstrap of single runs, the interval of a gain is "
-    "that of the bootstrap, for so many seeds. Where the model alone was clearly "
-    "better on training records held back, it is the own model too (keeps_alone in result.json). "
-    "Not compared: institutions of all seeds whose models could not be made or measured, as where "
-    "training diverged; they count in none of these."
+    " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of"
+    " joining is own minus alone, in points, also of macro-F1; shared over alone is shared minus "
+    "alone. Where seeds draw their held-out rows and have by chance less spread than the bootstrap"
+    " of single runs, the interval of a gain is that of the bootstrap, for so many seeds. Where "
+    "the model alone was clearly better on training records held back, it is the own model too "
+    "(keeps_alone in result.json). Not compared: institutions of all seeds whose models could not "
+    "be made or measured, as where training diverged; they count in none of these."
 )
 
 
@@ -156,8 +162,9 @@ def summary(out: Path) -> list[dict[str, Any]]:
         and Bengio 2003, "Inference for the Generalization Error"). ``bytes``,
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
         setting with the same runs, if several settings share them. Where institutions trained at
-        home, ``alone``, ``shared``, ``own`` (accuracies), ``gain`` (own minus alone) and
-        ``gain_macro_f1`` (the same of macro-F1, on all rows only) follow, with the number of
+        home, ``alone``, ``shared``, ``own`` (accuracies) and ``gain`` (own minus alone) follow; on
+        all rows only ``gain_shared`` (shared minus alone), ``gain_macro_f1`` (own minus alone in
+        macro-F1), and ``alone_macro_f1``, ``shared_macro_f1``, ``own_macro_f1``; the number of
         institutions of a run, the most classes of a run with too few held-out texts
         (``classes_with_few_texts``), the mean number of training records of those compared, and the
         number of institutions of all seeds whose models could not be compared.
@@ -249,18 +256,20 @@ def _joining(
     compared = [found["joining"] for found in runs]
     by_seed = [joining["institutions"] for joining in compared]
     line: dict[str, float | None] = {}
-    for key in JOINING:
+    for key in (*JOINING_HEADS, *MACRO_F1):
+        gains: list[Mapping[str, Any]] = []
         if institution != ALL:
             values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
+            gains = [one[institution] for one in by_seed if institution in one] * (key == "gain")
         elif key.startswith("gain"):
-            values = [joining[key]["mean"] for joining in compared]
+            gains = [joining[key] for joining in compared if key in joining]  # all but early runs
+            values = [gain["mean"] for gain in gains]
+        elif key in MACRO_F1:
+            values = [joining[MACRO_F1[key]]["macro_f1"] for joining in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= mean(key, values, drawn)
-        if key.startswith("gain") and drawn:
-            gains = [joining[key] for joining in compared]
-            if institution != ALL:
-                gains = [one[institution] for one in by_seed if institution in one]
+        if gains and drawn:
             line[f"{key}_ci95"] = no_narrower(line[f"{key}_ci95"], gains, drawn)
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
@@ -384,7 +393,7 @@ def tables(
             "worst institution, %",
             "gain over local",
             "gain over local-dp",
-            *JOINING_HEADS,
+            *JOINING_HEADS.values(),
             "not compared",
             "epsilon",
             "delta",
@@ -403,7 +412,7 @@ def tables(
                 percent(line, "worst_accuracy"),
                 percent(line, "gain_over_local", signed=True),
                 percent(line, "gain_over_local_dp", signed=True),
-                *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
+                *(percent(line, key, signed=key.startswith("gain")) for key in JOINING_HEADS),
                 str(line.get("not_compared") or ""),
                 at_most(line["epsilon"]),
                 "" if line["delta"] is None else _text(line["delta"]),
@@ -412,7 +421,9 @@ def tables(
                 str(line["seeds"]),
             ]
         )
-    each = [["arm", *axes, "institution", "accuracy, %", "gain over local", *JOINING_HEADS]]
+    each = [
+        ["arm", *axes, "institution", "accuracy, %", "gain over local", *JOINING_HEADS.values()]
+    ]
     each += [
         [
             line["arm"],
@@ -420,7 +431,7 @@ def tables(
             line["institution"],
             percent(line, "accuracy"),
             percent(line, "gain_over_local", signed=True),
-            *(percent(line, key, signed=key.startswith("gain")) for key in JOINING),
+            *(percent(line, key, signed=key.startswith("gain")) for key in JOINING_HEADS),
         ]
         for line in lines
         if line["institution"] != ALL

@@ -115,6 +115,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         alone: mean over all rows, 95 % interval of a paired bootstrap over texts, the number of
         different ``texts``, and how many institutions gain or lose by more than their own interval;
         those with fewer than `fedlora.joining_verdict.MIN_TEXTS` texts count as neither.
+        ``gain_shared``: mean, interval and texts of shared over alone.
         ``gain_macro_f1``: mean and interval of the same in macro-F1, and
         ``classes_with_few_texts``, the number of its classes with fewer than `MIN_CLASS_TEXTS`.
         ``scarce``: accuracies, gain and its interval on rows of classes that are scarce at their
@@ -133,7 +134,6 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             **_compared([rows]),
             **rows.choice,
         }
-    low, high = _interval(everyone)
     quality = {model: _quality(everyone, model, labels) for model in MODELS}
     low_f1, high_f1 = _macro_f1_interval(everyone, len(labels))
     sizes: dict[int, list[str]] = {}
@@ -143,12 +143,10 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
     return {
         **quality,
         "gain": {
-            "mean": _accuracies(everyone)["gain"],
-            "low": low,
-            "high": high,
-            "texts": _texts(everyone),
+            **_over_alone(everyone, "own"),
             **_movers(institutions.values()),
         },
+        "gain_shared": _over_alone(everyone, "shared"),
         "gain_macro_f1": {
             "mean": quality["own"]["macro_f1"] - quality["alone"]["macro_f1"],
             "low": low_f1,
@@ -220,6 +218,17 @@ def _compared(group: Sequence[Rows]) -> dict[str, Any]:
     return found
 
 
+def _over_alone(group: Sequence[Rows], model: str) -> dict[str, Any]:
+    """A model's gain over alone: ``mean``, its interval and the number of texts."""
+    gains = [
+        (rows.predicted[model] == rows.truth).sum() - (rows.predicted["alone"] == rows.truth).sum()
+        for rows in group
+    ]
+    low, high = _interval(group, model)
+    mean = int(sum(gains)) / sum(len(rows.truth) for rows in group)
+    return {"mean": mean, "low": low, "high": high, "texts": _texts(group)}
+
+
 def _texts(group: Sequence[Rows]) -> int:
     """The number of different texts."""
     return len(np.unique(np.concatenate([rows.texts for rows in group])))
@@ -237,10 +246,10 @@ def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def _interval(group: Sequence[Rows]) -> tuple[float, float]:
-    """The 95 % interval of the gain in accuracy by a paired bootstrap over texts."""
-    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", "own")} for rows in group]
-    gains = np.concatenate([one["own"].astype(np.int64) - one["alone"] for one in right])
+def _interval(group: Sequence[Rows], model: str = "own") -> tuple[float, float]:
+    """The 95 % interval of a model's gain in accuracy by a paired bootstrap over texts."""
+    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", model)} for rows in group]
+    gains = np.concatenate([one[model].astype(np.int64) - one["alone"] for one in right])
     difference, count = _resampled(group, np.stack([gains, np.ones_like(gains)]))
     return _middle(difference / count)
 

@@ -217,11 +217,20 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
         f"{joining_verdict.interval(gain)}; of {(count := len(joining['institutions']))} "
         f"institution{'s' * (count != 1)} {joining_verdict.movers(gain)}",
     )
+    if "gain_shared" in joining:  # not in runs of earlier versions
+        table.add_row("shared over alone", joining_verdict.interval(joining["gain_shared"]))
     if on_scarce := joining_verdict.scarce_gain(joining):
         table.add_row(
             "on scarce classes",
             f"{on_scarce}; {joining['scarce']['rows']:,} held-out rows are of classes of which "
-            f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records",
+            f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records; "
+            f"{_accuracies(joining['scarce'])}",
+        )
+    for size, of in joining["sizes"].items() if len(joining["sizes"]) > 1 else ():
+        table.add_row(
+            f"with {int(size):,} to {2 * int(size) - 1:,}",
+            f"training records: {100 * of['gain']:+.1f} points, {_accuracies(of)} "
+            f"(institutions: {of['institutions']})",
         )
     style = VERDICT_STYLES[joining_verdict.overall(joining)]
     if void(result) and style == "green":
@@ -231,6 +240,10 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     notes = [compared, joining_verdict.one_run(joining)]
     if said := " ".join(filter(None, notes)):
         table.add_row("", said)
+
+
+def _accuracies(of: Mapping[str, Any]) -> str:
+    return ", ".join(f"{model} {of[model]:.4f}" for model in joining_verdict.MODELS)
 
 
 def add_rounds(

@@ -480,6 +480,9 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
         [compared(("A", "B"), better=4 + 2 * seed)[model]["macro_f1"] for seed in (1, 2)]
         for model in ("own", "alone")
     )
+    assert line["own_macro_f1"] == pytest.approx(sum(own_f1) / 2)
+    assert line["alone_macro_f1"] == pytest.approx(sum(alone_f1) / 2)
+    assert line["gain_shared"] == pytest.approx(11 / 22 - 15 / 22)
     assert line["gain_macro_f1"] == pytest.approx((sum(own_f1) - sum(alone_f1)) / 2)
     assert line["gain_macro_f1"] != pytest.approx(line["gain"]) and beta["gain_macro_f1"] is None
 

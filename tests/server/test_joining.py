@@ -1,5 +1,6 @@
 """What joining gives: figures by hand, intervals against exact ones, refused answers, a run."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -62,6 +63,7 @@ def test_accuracies_and_gain_are_those_by_hand() -> None:
     found = summary(TWO, LABELS)
     assert [found[model]["accuracy"] for model in ("alone", "shared", "own")] == [0.6, 0.4, 0.7]
     assert found["gain"]["mean"] == pytest.approx(0.1)
+    assert found["gain_shared"]["mean"] == pytest.approx(-0.2)
     alpha, beta = found["institutions"]["Alpha"], found["institutions"]["Beta"]
     assert (alpha["alone"], alpha["shared"], alpha["own"]) == (0.5, 0.375, 0.75)
     assert (alpha["records"], alpha["rows"], alpha["gain"]) == (100, 8, 0.25)
@@ -73,6 +75,18 @@ def test_macro_f1_is_the_mean_over_classes_by_hand() -> None:
     # Own: loan 4 of 5 with 3 others called loan; card 2 of 2 and 1 other; fraud 1 of 3.
     f1 = [2 * 4 / (5 + 6), 2 * 2 / (2 + 3), 2 * 1 / (3 + 1)]
     assert summary(TWO, LABELS)["own"]["macro_f1"] == pytest.approx(sum(f1) / 3)
+
+
+def test_the_shared_model_has_the_interval_of_its_own_predictions() -> None:
+    """As own's, were it own; nothing of own is in it."""
+    rows = by_counts(20, 5, 75)  # shared is right on none, alone on 80
+    as_own = dataclasses.replace(
+        rows, predicted={**rows.predicted, "own": rows.predicted["shared"]}
+    )
+    found, expected = summary({"A": rows}, LABELS)["gain_shared"], summary({"A": as_own}, LABELS)
+    assert found == {key: expected["gain"][key] for key in ("mean", "low", "high", "texts")}
+    assert found["mean"] == pytest.approx(-0.8)
+    assert summary({"A": rows}, LABELS)["gain"]["mean"] == pytest.approx(0.15)
 
 
 def test_the_gain_in_macro_f1_has_the_interval_of_a_bootstrap_by_hand() -> None:
@@ -325,6 +339,13 @@ def printed(result, population=1) -> str:
 def test_the_end_table_has_the_three_models_and_marks_a_loss() -> None:
     text = printed({"joining": summary(TWO, LABELS)})
     for said in ("alone", "shared", "own", "accuracy 0.7000", "gain of joining", "+10.0 points"):
+        assert said in text
+    # two size classes; two rows of scarce classes, on which own alone is right once
+    for said in (
+        *("with 16 to 31", "-50.0 points, alone 1.0000, shared 0.5000, own 0.5000"),
+        *("with 64 to 127", "+25.0 points, alone 0.5000, shared 0.3750, own 0.7500"),
+        *("shared over alone", "-20.0 points"),
+    ):
         assert said in text
     yellow, red, green = "\x1b[33m", "\x1b[1;31m", "\x1b[32m"
     for counts, style in (((30, 5, 65), green), ((5, 5, 90), yellow), ((5, 30, 65), red)):
