@@ -20,7 +20,6 @@ from fedlora.files import write_atomic
 README = DOCUMENT.parents[1] / "README.md"
 PICTURE = PICTURES / "what-joining-gives.svg"
 TITLE = "What joining gives, by what an institution holds"
-Table = list[dict[str, str]]
 
 
 class Gain(NamedTuple):
