@@ -262,8 +262,11 @@ def _joining(
             values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
             gains = [one[institution] for one in by_seed if institution in one] * (key == "gain")
         elif key.startswith("gain"):
-            gains = [joining[key] for joining in compared if key in joining]  # all but early runs
-            values = [gain["mean"] for gain in gains]
+            if key == "gain_shared" and not all(key in joining for joining in compared):
+                values = [math.nan]  # an earlier version ran some
+            else:
+                gains = [joining[key] for joining in compared]
+                values = [gain["mean"] for gain in gains]
         elif key in MACRO_F1:
             values = [joining[MACRO_F1[key]]["macro_f1"] for joining in compared]
         else:

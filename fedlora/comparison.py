@@ -116,7 +116,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         different ``texts``, and how many institutions gain or lose by more than their own interval;
         those with fewer than `fedlora.joining_verdict.MIN_TEXTS` texts count as neither.
         ``gain_shared``: mean, interval and texts of shared over alone.
-        ``gain_macro_f1``: mean and interval of the same in macro-F1, and
+        ``gain_macro_f1``: mean and interval of own over alone in macro-F1, and
         ``classes_with_few_texts``, the number of its classes with fewer than `MIN_CLASS_TEXTS`.
         ``scarce``: accuracies, gain and its interval on rows of classes that are scarce at their
         institution. ``sizes``: size class -> the same, ``institutions``, and how many of these gain

@@ -205,7 +205,7 @@ def said_of_origins(result: Mapping[str, Any]) -> str:
 
 
 def said_of_head(described: Mapping[str, Any]) -> str:
-    """What a head was made of; empty where there is none, or 0.1.0 wrote the file.
+    """What a head was made of; empty where there is none, or an earlier version ran.
 
     Args:
         described: The content of ``result.json``, or the model of ``fedlora check``.

@@ -30,7 +30,7 @@ MANY_CLASSES = 20
 """The number of classes from which ``adapter.head = "auto"`` reads their words. With 77 classes the
 shared model of epsilon 8 was right on 61 instead of 15 % of the rows of tuning partition 101 (62
 untrained); with 3 it made no difference, with 6 it gained on tuning splits and lost on others, with
-10 macro-F1 gained by 9 points on tuning splits (benchmarks/LOG.md)."""
+10 macro-F1 gained by 9 points on tuning splits, not shown (benchmarks/LOG.md)."""
 MAX_LIST_TEXT = 2**15
 """Characters of a list in JSON that an institution of a deployment reads."""
 MIN_SAMPLE_RATE = 1e-6

@@ -73,7 +73,7 @@ class RunState:
         seconds: Time spent in rounds.
         dtype: The dtype of the base model; empty in a checkpoint of an earlier version.
         head: What the head of the first adapter was made of, see `server.start.head_start`; empty
-            in a checkpoint of an earlier version.
+            without a head and in a checkpoint of an earlier version.
     """
 
     run: str

@@ -229,8 +229,8 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     for size, of in joining["sizes"].items() if len(joining["sizes"]) > 1 else ():
         table.add_row(
             f"with {int(size):,} to {2 * int(size) - 1:,}",
-            f"training records: {100 * of['gain']:+.1f} points, {_accuracies(of)} "
-            f"(institutions: {of['institutions']})",
+            f"training records: {joining_verdict.interval({**of, 'mean': of['gain']})}; "
+            f"{_accuracies(of)} (institutions: {of['institutions']})",
         )
     style = VERDICT_STYLES[joining_verdict.overall(joining)]
     if void(result) and style == "green":

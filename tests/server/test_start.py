@@ -11,7 +11,7 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import finished_run, records, released, trainable
+from fedlora import finished_run, records, released, run_files, trainable
 from fedlora.adapters import AdapterState, kind, open_for
 from fedlora.errors import InputError
 from fedlora.messages import Release
@@ -68,7 +68,10 @@ def test_a_head_for_other_classes_is_left_out(work, tmp_path):
 def test_a_run_can_say_what_its_head_was_made_of(tiny_config, tmp_path, head):
     config = tiny_config(**{"adapter.head": head})
     made = trainable.load(config, ("limit", "scam", "swipe"))
+    words = {"labels": "head from the labels' words", "zero": "head from zeros"}
     assert head_start(config, made, made.start) == head
+    assert run_files.said_of_head({"head": head}) == words[head]
+    assert run_files.said_of_head({"head": "start"}) == "head from adapter.start"
     moved(made.start).save(tmp_path / "adapter", made.model)
     config = config.replace({"adapter.start": str(tmp_path / "adapter")})
     assert head_start(config, made, start_adapter(config, made)) == "start"
