@@ -18,20 +18,18 @@ from fedlora import finished_run, records
 from fedlora.arrays import Floats
 from fedlora.comparison import text_numbers
 from fedlora.config import RunConfig
+from fedlora.shards import Shard
 
 SHOWN = 8
 """Texts that are listed."""
 
 
-def right(run: Path, config: RunConfig) -> Floats:
+def right(run: Path, config: RunConfig, held_out: Shard) -> Floats:
     """Whether a run's adapter is right on each held-out row ``(n,)``."""
-    held_out = records.load(config).all_held_out
     work = finished_run._open(run, config, "")  # pyright: ignore[reportPrivateUsage]
-    found = np.zeros(len(held_out))
-    for rows, said, _ in work.task.answers(work.model, held_out, work.labels):
-        for place, row in enumerate(map(int, rows)):
-            found[row] = said[place] == work.labels[int(held_out.targets[row])]
-    return found
+    answers, _ = work.task.predict(work.model, held_out, work.labels)
+    pairs = zip(answers, held_out.targets.tolist(), strict=True)
+    return np.array([float(answer == work.labels[target]) for answer, target in pairs])
 
 
 def spread(name: str, values: Floats) -> str:
@@ -58,8 +56,9 @@ def main() -> None:
     configs = [finished_run.configuration(run, {}) for run in runs]
     if len(runs) < 2 or len({(one.seed, str(one.data)) for one in configs}) > 1:
         raise SystemExit("give two or more runs with the same seed and [data]")
-    found = np.stack([right(run, one) for run, one in zip(runs, configs, strict=True)])
-    texts = text_numbers(records.load(configs[0]).all_held_out)
+    held_out = records.load(configs[0]).all_held_out
+    found = np.stack([right(run, one, held_out) for run, one in zip(runs, configs, strict=True)])
+    texts = text_numbers(held_out)
     shares, counts = by_text(found, texts.tolist()), np.bincount(texts)
     print(spread(f"{found.shape[1]:,} rows", found.mean(1)))
     print(spread(f"{len(counts)} texts", shares.mean(1)))

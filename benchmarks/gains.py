@@ -110,9 +110,8 @@ def panels(document: str, readme: str) -> dict[str, Mapping[Any, Sequence[Gain]]
     """Title -> records held or name -> gains."""
     by = "### By what an institution holds"
     intents = by_sweep(part(document, "<!-- Sweep joining-banking77 -->"))
-    for records, gains in by_sweep(
-        part(document, "<!-- Sweep joining-banking77-larger -->")
-    ).items():
+    larger = by_sweep(part(document, "<!-- Sweep joining-banking77-larger -->"))
+    for records, gains in larger.items():
         intents.setdefault(records, []).extend(gains)
     return {
         "us-gaap concepts at random": by_holdings(part(document, by)),
@@ -148,13 +147,12 @@ def draw(drawn: Mapping[str, Mapping[Any, Sequence[Gain]]]) -> str:
         for axes, (title, places) in zip(grid.flat, drawn.items(), strict=True):
             axes.axhline(0, color=figures.MUTED, lw=1.2)
             numbers = all(isinstance(place, int) for place in places)
-            ticks = sorted(places) if numbers else list(range(len(places)))
+            named = sorted(places) if numbers else list(places)
+            ticks = named if numbers else list(range(len(named)))
             for i, budget in enumerate(BUDGETS):
                 found = [
                     (tick, count, gain)
-                    for tick, place in zip(
-                        ticks, sorted(places) if numbers else places, strict=True
-                    )
+                    for tick, place in zip(ticks, named, strict=True)
                     for count, gain in enumerate(g for g in places[place] if g.budget == budget)
                 ]
                 aside = [0.09 * (i - 1.5) + 0.02 * count for _, count, _ in found]
@@ -175,8 +173,8 @@ def draw(drawn: Mapping[str, Mapping[Any, Sequence[Gain]]]) -> str:
                 axes.minorticks_off()
                 axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             else:
-                axes.set_xticks(ticks, list(places))
-                axes.set_xlim(-0.5, len(places) - 0.5)
+                axes.set_xticks(ticks, named)
+                axes.set_xlim(-0.5, len(named) - 0.5)
         figure.supylabel("own minus alone, percentage points", fontsize=10, color=figures.INK)
         handles, labels = grid[1, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(BUDGETS))

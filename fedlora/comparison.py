@@ -220,13 +220,15 @@ def _compared(group: Sequence[Rows]) -> dict[str, Any]:
 
 def _over_alone(group: Sequence[Rows], model: str) -> dict[str, Any]:
     """A model's gain over alone: ``mean``, its interval and the number of texts."""
-    gains = [
-        (rows.predicted[model] == rows.truth).sum() - (rows.predicted["alone"] == rows.truth).sum()
-        for rows in group
-    ]
     low, high = _interval(group, model)
-    mean = int(sum(gains)) / sum(len(rows.truth) for rows in group)
+    mean = float(_gains(group, model).mean())
     return {"mean": mean, "low": low, "high": high, "texts": _texts(group)}
+
+
+def _gains(group: Sequence[Rows], model: str) -> Int64:
+    """For each row 1 where only the model is right, -1 where only alone is, 0 otherwise."""
+    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", model)} for rows in group]
+    return np.concatenate([one[model].astype(np.int64) - one["alone"] for one in right])
 
 
 def _texts(group: Sequence[Rows]) -> int:
@@ -248,8 +250,7 @@ def _movers(institutions: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 def _interval(group: Sequence[Rows], model: str = "own") -> tuple[float, float]:
     """The 95 % interval of a model's gain in accuracy by a paired bootstrap over texts."""
-    right = [{m: rows.predicted[m] == rows.truth for m in ("alone", model)} for rows in group]
-    gains = np.concatenate([one[model].astype(np.int64) - one["alone"] for one in right])
+    gains = _gains(group, model)
     difference, count = _resampled(group, np.stack([gains, np.ones_like(gains)]))
     return _middle(difference / count)
 
