@@ -26,7 +26,7 @@ SHOWN = 8
 
 def right(run: Path, config: RunConfig, held_out: Shard) -> Floats:
     """Whether a run's adapter is right on each held-out row ``(n,)``."""
-    work = finished_run._open(run, config, "")  # pyright: ignore[reportPrivateUsage]
+    work = finished_run.open_model(run, config, "")
     answers, _ = work.task.predict(work.model, held_out, work.labels)
     pairs = zip(answers, held_out.targets.tolist(), strict=True)
     return np.array([float(answer == work.labels[target]) for answer, target in pairs])

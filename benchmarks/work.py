@@ -48,7 +48,7 @@ class Work:
     def _values(self) -> dict[str, Any]:
         values: dict[str, Any] = {
             "data.institutions": self.institutions,
-            "data.min-records": 1,  # the default depends on DP
+            "data.min-records": 1,  # of a partition by value the default is 8
             "federation.rounds": self.rounds,
             "training.local-steps": self.steps,
             "seed": self.seed,

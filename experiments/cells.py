@@ -32,7 +32,6 @@ from fedlora.rounding import duration
 from fedlora.run_files import (
     CONFIG,
     ENVIRONMENT,
-    RESULT,
     command,
     environment,
     finite,
@@ -146,14 +145,11 @@ def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
     """The complete cells whose results cannot be read, with what to do."""
     found: dict[str, str] = {}
     for name in sorted(cells):
-        for file in (RESULT, ENVIRONMENT):
-            try:
-                read_run_file(results.run_dir(out, name), file)
-            except InputError:
-                found[name] = (
-                    f"its {file} cannot be read, so that its case counts in no mean; restore the "
-                    f"file, or remove {results.run_dir(out, name)} to run the cell again"
-                )
+        if file := results.unreadable(results.run_dir(out, name)):
+            found[name] = (
+                f"its {file} cannot be read, so that its case counts in no mean; restore the "
+                f"file, or remove {results.run_dir(out, name)} to run the cell again"
+            )
     return found
 
 

@@ -51,9 +51,9 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--out has no place to write to: {error}; give another") from None
     loaded = [read_run_file(run) for run in runs]
+    promises = [read_run_file(run, PRIVACY) for run in runs]
     configs = [load(run / CONFIG) for run in runs]
     flats = [config.flat() for config in configs]
-    promises = [read_run_file(run, PRIVACY) for run in runs]
     records = [read_records(run) for run in runs]
     figures_of: dict[str, list[Any]] = {
         name: [result.get(name) for result in loaded]

@@ -67,8 +67,9 @@ INTERVALS = (
     "An interval says how far the gain could differ with other held-out records of the same kind. "
     "It does not cover the noise of training: another run of this configuration has other noise. "
     "Where joining makes no difference at all, other held-out records alone let about one "
-    "institution in forty count as gaining and as many as losing (of ten to seventeen texts at "
-    "worst one in 25); with the noise of training it is more. With fewer than "
+    "institution in forty count as gaining and as many as losing (where models differ on nearly "
+    "every text, of ten to some twenty texts at worst one in 17); with the noise of training it is "
+    "more. With fewer than "
     f"{MIN_TEXTS} different held-out texts there is no interval, and an institution counts as "
     "neither."
 )

@@ -57,6 +57,11 @@ class Run:
         asked = {name for record in self.records for name in record["institutions"]}
         return asked | set(self.result["institutions"])
 
+    @property
+    def population(self) -> int:
+        """The number of institutions in the run, asked or not."""
+        return int(self.result.get("population", len(self.institutions)))
+
 
 def about(run: Run) -> str:
     """The run in a line: who taught what, how and when."""
@@ -67,7 +72,7 @@ def about(run: Run) -> str:
 
 def task(run: Run) -> str:
     """Who taught what, as a sentence."""
-    config, many = run.config, len(run.institutions)
+    config, many = run.config, run.population
     goal = (
         f"to sort texts into {len(run.result['labels'])} classes"
         if config.model.task == "classification"
@@ -116,7 +121,7 @@ def verdict(run: Run) -> Section:
         notes.append(f"There {many}: see Warnings, below.")
     notes.append(lost_rounds(run.config, result, run.records))
     if joining is not None:
-        compared = joining_verdict.compared(joining, len(run.institutions))
+        compared = joining_verdict.compared(joining, run.population)
         notes += [compared, joining_verdict.one_run(joining)]
     if missing := result.get("not_evaluated"):
         said = joining_verdict.with_codes(missing)

@@ -15,7 +15,7 @@ from fedlora.config import load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, read_records, read_run_file
+from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
 
 MANIFEST = "cells.json"
 GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
@@ -108,11 +108,9 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
     total_bytes = 0
     for cell in case["cells"].values():
         directory = run_dir(out, cell)
-        try:
-            found.append(read_run_file(directory))
-            read_run_file(directory, ENVIRONMENT)  # a result counts with the code that it is of
-        except InputError:
+        if unreadable(directory):
             return None
+        found.append(read_run_file(directory))
         total_bytes += bytes_moved(read_records(directory))
     if not found:
         return None
@@ -135,6 +133,24 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
         "drawn": drawn_share(run_dir(out, next(iter(case["cells"].values())))),
     }
+
+
+def unreadable(directory: Path) -> str:
+    """The file that keeps a cell's result from counting: it is not there or cannot be read.
+
+    A result counts with the settings and the code that it is of. Empty if it counts.
+    """
+    for file, read in (
+        (RESULT, read_run_file),
+        (ENVIRONMENT, lambda path: read_run_file(path, ENVIRONMENT)),
+        (CONFIG, lambda path: load(path / CONFIG)),
+        (ROUNDS, read_records),
+    ):
+        try:
+            read(directory)
+        except InputError:
+            return file
+    return ""
 
 
 def incomplete(out: Path) -> int:

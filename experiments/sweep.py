@@ -3,7 +3,8 @@
 A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
 ``[set.ARM]`` overrides keys in one arm, ``[grid]`` lists values. A grid entry is a key with a list,
 or a name with a table of variants, each of which sets several keys together. An arm's own values
-win over a variant's; a listed key may be set nowhere else. See docs/experiments.md.
+win over a variant's; a listed key may be in no ``[set.ARM]`` and no other
+entry. See docs/experiments.md.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from typing import Any
 from experiments import ready, results
 from fedlora import config as configs
 from fedlora import model_files, plugins, records
+from fedlora.budget import rate_of
 from fedlora.config import SECTIONS, RunConfig, check_values, from_flat
 from fedlora.errors import InputError
 from fedlora.files import expanded
@@ -151,7 +153,7 @@ def _toml(path: Path) -> dict[str, Any]:
 def _base(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that the base gives. Its defaults follow in each arm, from the keys of all."""
     beside = path.parent / tree["base"]
-    given = configs.given(beside if beside.exists() else ready.locate(Path(tree["base"])))
+    given = configs.given(beside if beside.is_file() else ready.locate(Path(tree["base"])))
     if from_flat(given).deployed:
         raise InputError(
             "data.source is 'institutions', for deployments; arms of a sweep need all records "
@@ -315,7 +317,10 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
         fixed |= LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":
             fixed["federation.weighting"] = "public-size"
-    alone = SINGLE_INSTITUTION if kind in ("local", "central") else {}
+    alone: Mapping[str, Any] = {}
+    if kind in ("local", "central"):
+        alone = SINGLE_INSTITUTION
+        everything = {k: v for k, v in everything.items() if not k.startswith("home.")}
     start = str(everything.get("adapter.start", ""))
     if start and expanded(start).exists():  # runs/latest moves
         fixed["adapter.start"] = str(expanded(start).resolve())
@@ -377,8 +382,9 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
     tokens = float(seen.all_train.lengths.sum()) / max(1, len(seen.all_train))
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     if rounds:
-        at_home = config.home.work_of_all([len(seen.train(i)) for i in range(len(seen.names))])
-        work += tokens * 6 * at_home
+        shards = [seen.train(i) for i in range(len(seen.names))]
+        each = [(len(shard), rate_of(config, shard)) for shard in shards]
+        work += tokens * 6 * config.home.work_of_all(each)
     weights = model_files.resolve(config.model.name).weights
     size = sum(file.stat().st_size for file in weights)
     inputs = [config.fingerprint(), model_files.digest(weights), seen.fingerprint()]

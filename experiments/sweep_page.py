@@ -13,7 +13,7 @@ from experiments.sweep import EPSILON
 from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, commit, is_complete, read_run_file, void
+from fedlora.run_files import CONFIG, ENVIRONMENT, commit, read_run_file, void
 from fedlora.sections import PrivacyConfig
 
 MAX_REASONS = 3
@@ -365,10 +365,12 @@ def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -
 
 
 def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
-    """Read the configuration of each complete cell."""
+    """Read the configuration of each complete cell whose result counts."""
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
     found = {name: results.run_dir(out, name) for name in names}
-    return {name: load(path / CONFIG) for name, path in found.items() if is_complete(path)}
+    return {
+        name: load(path / CONFIG) for name, path in found.items() if not results.unreadable(path)
+    }
 
 
 def _as_many_steps(about: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:

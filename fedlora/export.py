@@ -18,7 +18,7 @@ from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, sync, write_atomic
-from fedlora.run_files import refuse_audited
+from fedlora.run_files import made_at_home, refuse_audited
 
 log = logging.getLogger("fedlora.export")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -170,7 +170,7 @@ def _causal_adapter(
     run_dir: Path, institution: str, program_takes: str
 ) -> tuple[RunConfig, Path, dict[str, Any]]:
     """A complete run's configuration, its adapter's directory and ``adapter_config.json``."""
-    if finished_run.made_at_home(run_dir):
+    if made_at_home(run_dir):
         raise InputError(
             f"{run_dir} has an institution's own model; export is for the adapter that a run "
             "released. `fedlora merge` writes a model that transformers serves"

@@ -19,6 +19,7 @@ from fedlora.run_files import (
     CONFIG,
     HOME_CONFIG,
     PRIVACY,
+    made_at_home,
     read_run_file,
     refuse_audited,
     said_of_origins,
@@ -66,11 +67,6 @@ def configuration(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def made_at_home(run_dir: Path) -> bool:
-    """Whether `fedlora home` wrote the directory: it holds one institution's own model only."""
-    return (run_dir / HOME_CONFIG).exists()
-
-
 def adapter_directory(
     run_dir: Path, config: RunConfig, institution: str, *, own_model: bool = False
 ) -> Path:
@@ -114,7 +110,7 @@ def adapter_directory(
     return folder / kind
 
 
-def _open(
+def open_model(
     run_dir: Path, config: RunConfig, institution: str, *, own_model: bool = False
 ) -> Trainable:
     """Load a run's base model with the adapter that the run released, or an own one.
@@ -178,7 +174,7 @@ def evaluate(
         left out since they have no text, or a text and no label.
     """
     config = configuration(run_dir, overrides or {})
-    work = _open(run_dir, config, institution, own_model=own_model)
+    work = open_model(run_dir, config, institution, own_model=own_model)
     shard, counts = data.load_shard(
         config.data, source, labels=work.labels, encode=work.task.encode
     )
@@ -216,7 +212,7 @@ def predict(
         and ``max_length`` are as in `evaluate`.
 
     Raises:
-        InputError: If a text is empty or no Unicode, or as `_open`.
+        InputError: If a text is empty or no Unicode, or as `open_model`.
     """
     for number, text in enumerate(texts, start=1):
         if not isinstance(cast(object, text), str):
@@ -234,7 +230,7 @@ def predict(
                 "would be a guess"
             )
     config = configuration(run_dir, overrides or {})
-    work = _open(run_dir, config, institution, own_model=own_model)
+    work = open_model(run_dir, config, institution, own_model=own_model)
     nothing = work.labels[0] if work.labels else ""  # predictions do not depend on the answer
     parts = (
         work.task.encode(list(some), [nothing] * len(some), work.labels)
@@ -280,7 +276,7 @@ def merged_model(
         The model, in evaluation mode, which nothing else in this process uses, and its parts.
     """
     config = configuration(run_dir, overrides or {})
-    work = _open(run_dir, config, institution, own_model=own_model)
+    work = open_model(run_dir, config, institution, own_model=own_model)
     trainable.forget()  # merging changes the cached model
     merged = merging.merge(work.model)
     if isinstance(merged, EncoderClassifier):

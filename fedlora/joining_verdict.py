@@ -11,7 +11,7 @@ MAX_SCARCE_RECORDS = 5
 MIN_TEXTS = 10
 """A gain has an interval, and an institution may count as gaining or losing, with at least so many
 different held-out texts. With fewer the bootstrap's interval is too narrow: of five texts, one gain
-in 16 may lie above 0 by chance; of ten to some twenty one in 20 at worst, which is where the models
+in 16 may lie above 0 by chance; of ten to some twenty one in 17 at worst, which is where the models
 differ on nearly every text, else about one in 40."""
 MIN_CLASS_TEXTS = 8
 """Macro-F1 has a verdict where each of its classes has at least so many different held-out texts.
@@ -166,7 +166,7 @@ def macro_f1_gain(gain: Mapping[str, Any]) -> str:
 
 def _few_texts(gain: Mapping[str, Any]) -> str:
     """How many classes have too few held-out texts for macro-F1; empty where none has."""
-    few = gain["classes_with_few_texts"]
+    few = gain.get("classes_with_few_texts", 0)  # runs of earlier versions did not count them
     if not few:
         return ""
     return (

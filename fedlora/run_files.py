@@ -135,6 +135,11 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
             raise ValueError("it is no object")
         return cast(dict[str, Any], found)
     except (OSError, ValueError, RecursionError) as error:
+        if made_at_home(run_dir):
+            raise InputError(
+                f"{run_dir} holds an institution's own model and no run; its report.txt says what "
+                "joining gave, and `fedlora predict` takes it"
+            ) from None
         go_on = f"run --resume {run_dir}"
         with contextlib.suppress(OSError):  # of a directory that this user may not enter
             if (run_dir / SUBMISSION).exists():
@@ -228,14 +233,28 @@ def ledger_alone(statement: Mapping[str, Any]) -> float | None:
     return alone if alone > max((one["ledger_epsilon"] for one in ledgers), default=0.0) else None
 
 
+def made_at_home(run_dir: Path) -> bool:
+    """Whether `fedlora home` wrote the directory: it holds one institution's own model only."""
+    return (run_dir / HOME_CONFIG).exists()
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a run directory's ``rounds.jsonl``."""
     return read_lines(path / ROUNDS)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines without a half-written last one; empty where there is no file."""
-    return GrowingLines(file).read()
+    """Read a file of JSON lines without a half-written last one; empty where there is no file.
+
+    Raises:
+        InputError: If another line is not JSON in UTF-8.
+    """
+    try:
+        return GrowingLines(file).read()
+    except ValueError:
+        raise InputError(
+            f"{file} has a line that is no JSON; restore the file from a copy, or run again"
+        ) from None
 
 
 class GrowingLines:

@@ -639,22 +639,28 @@ class HomeConfig(Section):
         count = min(self.institutions or institutions, institutions)
         return [i * institutions // count for i in range(count)]
 
-    def work_of_all(self, records: Sequence[int]) -> float:
-        """The sum of `work` over the institutions that train at home, of these training records."""
-        return sum(self.work(records[i]) for i in self.chosen(len(records)))
+    def work_of_all(self, each: Sequence[tuple[int, float]]) -> float:
+        """The sum of `work` over those that train at home, of all institutions' arguments."""
+        return sum(self.work(*each[i]) for i in self.chosen(len(each)))
 
-    def work(self, records: int) -> float:
-        """The most passes of a record that an institution with these training records makes.
+    def work(self, records: int, sample_rate: float) -> float:
+        """The most passes of a record that an institution makes.
 
         Two models: each by every rate to choose, and at the end once more on all records; with few
-        records by one rate, and without records to hold back only at the end.
+        records by one rate, and without records to hold back only at the end. An own model under DP
+        has no trials: it takes all steps at the sample rate of the run.
+
+        Args:
+            records: Its training records.
+            sample_rate: The share of them that it trains on in a step of the run.
         """
         if self.method == "none":
             return 0.0
         trials, steps = int(records >= HOME_COMPARES_FROM), self.steps_without_choice
         if records >= HOME_CHOOSES_FROM:
             trials, steps = len(self.learning_rate), self.steps
-        return 2 * (trials + 1) * steps * min(self.batch_size, records)
+        model = (trials + 1) * steps * min(self.batch_size, records)
+        return model + (self.steps * sample_rate * records if self.private else model)
 
 
 @dataclass(frozen=True, kw_only=True)

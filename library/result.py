@@ -15,7 +15,7 @@ from fedlora.errors import InputError, RecordError
 from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, PRIVACY, read_records, read_run_file
+from fedlora.run_files import CONFIG, PRIVACY, made_at_home, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 
 log = logging.getLogger("fedlora")
@@ -35,7 +35,7 @@ class Result:
     def __init__(self, directory: str | Path, *, model: str | Path = "") -> None:
         self._directory = expanded(os.fspath(directory)).absolute()
         self._reading = {"model.name": os.fspath(model)} if model else {}
-        if finished_run.made_at_home(self._directory):
+        if made_at_home(self._directory):
             raise InputError(
                 f"{self._directory} has an institution's own model and no run; `fedlora predict`, "
                 "`evaluate` and `merge` take it, and its card has the Python that opens it"
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def adapter(self) -> Path:
-        """The directory of the adapter, which ``peft.PeftModel.from_pretrained`` opens."""
+        """The directory of the adapter; its ``README.md`` has the Python to open it."""
         return self.directory / "adapter"
 
     def model(self, institution: str = "", *, own: bool = False) -> Any:

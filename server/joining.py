@@ -78,8 +78,9 @@ def seconds_at_home(config: RunConfig, institutions: Sequence[int]) -> float:
     federation, home = records.load(config), config.home
     longest = 1.0
     for shard in (federation.train(i) for i in institutions):
-        of_a_round = config.training.local_steps * rate_of(config, shard) * len(shard)
-        longest = max(longest, home.work(len(shard)) / max(of_a_round, home.batch_size))
+        rate = rate_of(config, shard)
+        of_a_round = config.training.local_steps * rate * len(shard)
+        longest = max(longest, home.work(len(shard), rate) / max(of_a_round, home.batch_size))
     return longest * config.federation.timeout
 
 

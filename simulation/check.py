@@ -244,7 +244,8 @@ def _cost(
         measured_row = _evaluation_seconds_per_row(records, work)
     workers = config.engine.workers or max(1, processors.count() // config.engine.threads)
     shards = [records.train(i) for i in range(names)]
-    rows = sum(rate_of(config, shard) * len(shard) for shard in shards) * asked / names
+    each = [(len(shard), rate_of(config, shard)) for shard in shards]
+    rows = sum(size * rate for size, rate in each) * asked / names
     steps = federation.rounds * config.training.local_steps
     seconds = {
         "loading": loading,
@@ -253,7 +254,7 @@ def _cost(
         "home": 0.0,
     }
     if chosen := config.at_home(names):
-        at_home = config.home.work_of_all([len(shard) for shard in shards])
+        at_home = config.home.work_of_all(each)
         seconds["home"] = at_home * of_row / min(workers, len(chosen))
     ordered = wire.array_bytes(wire.pack_adapter(work.start))
     answered = [

@@ -100,7 +100,7 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
     assert _accuracy(theirs, config) == pytest.approx(result["accuracy"], abs=0.011)
     # evaluate and merge open the same thing
     run_dir = _run_dir(config)
-    opened = finished_run._open(run_dir, finished_run.configuration(run_dir, {}), "")
+    opened = finished_run.open_model(run_dir, finished_run.configuration(run_dir, {}), "")
     torch.testing.assert_close(_logits(opened.model, config), ours, rtol=1e-4, atol=1e-4)
     if quantization == "none":
         finished_run.merge(_run_dir(config), tmp_path / "merged")

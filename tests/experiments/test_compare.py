@@ -24,6 +24,15 @@ def two_runs(tmp_path, tiny_config, simulate_run):
     return paths
 
 
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_directory_of_fedlora_home_is_no_run(tmp_path, command):
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "home.toml").touch()
+    said = runner.invoke(app, [command, *[str(tmp_path)] * (2 if command == "compare" else 1)])
+    assert said.exit_code == 2
+    assert "holds an institution's own model and no run" in " ".join(said.stderr.split())
+
+
 def test_only_what_differs_is_compared(two_runs, tmp_path):
     page = tmp_path / "page.html"
     result = runner.invoke(app, ["compare", *two_runs, "--out", str(page), "--json"])

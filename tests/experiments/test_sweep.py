@@ -727,6 +727,8 @@ def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
     for case, names in zip(cases, needed, strict=True):
         home = "interpolate" if case.arm.startswith("federated") else "none"
         assert {made[name].config.home.method for name in names.values()} == {home}
+    cells = [names for case, names in zip(cases, needed, strict=True) if case.arm == "central"]
+    assert len(cells) == 2 and cells[0] == cells[1]  # steps at home have no effect there
 
 
 TRUST = """
@@ -816,15 +818,18 @@ def test_a_cell_whose_results_cannot_be_read_is_named_and_the_exit_code_tells_it
     assert f"cell {cell} failed: its result.json cannot be read" in said.stderr
 
 
-def test_a_complete_cell_whose_code_is_unknown_counts_in_no_mean_and_is_named(sweep_file, tmp_path):
+@pytest.mark.parametrize("file", ["environment.json", "config.toml", "rounds.jsonl"])
+def test_a_complete_cell_without_code_settings_or_rounds_counts_in_no_mean_and_is_named(
+    sweep_file, tmp_path, file
+):
     path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
     (cell,) = sweep.cells(sweep.read(path))[0]
     save_cell(results.run_dir(out, cell), {"accuracy": 1.0})
-    (results.run_dir(out, cell) / "environment.json").unlink()
+    (results.run_dir(out, cell) / file).write_text("{\n")
     (out / results.MANIFEST).write_text('{"name": "sweep", "command": "", "cases": []}')
     said = invoke("sweep", path, "--out", out, "--resume")
     assert said.exit_code == 1
-    assert f"cell {cell} failed: its environment.json cannot be read" in said.stderr
+    assert f"cell {cell} failed: its {file} cannot be read" in said.stderr
     assert results.summary(out) == []
 
 

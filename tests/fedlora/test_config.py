@@ -379,7 +379,12 @@ def test_an_own_model_under_dp_takes_three_tenths_of_the_rate_and_never_too_smal
 def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, trainings):
     home = HomeConfig(learning_rate=(0.002, 0.005))
     steps = 120 if records >= 78 else 60
-    assert home.work(records) == 2 * trainings * steps * min(32, records)
+    assert home.work(records, 0.25) == 2 * trainings * steps * min(32, records)
+
+
+def test_the_work_at_home_counts_an_own_model_under_dp_by_the_rate_of_the_run():
+    home = HomeConfig(epsilon=4.0)  # a trial and a training of the model alone, 120 steps of 32
+    assert home.work(2_546, 0.25) == 2 * 120 * 32 + 120 * 0.25 * 2_546
 
 
 def test_a_rate_at_home_is_named_once():
