@@ -42,7 +42,7 @@ def read(sweeps: Sequence[Path]) -> tuple[dict[float, dict[Setting, dict[int, Jo
                 f"{cell}: another cell has its epsilon, setting and seed; leave it out"
             )
         seeds[config.seed] = joining
-        drawn = results.drawn_share(cell)
+        drawn = results.drawn_share(config)
     for epsilon, settings in found.items():
         for setting, seeds in list(settings.items()):
             if set(seeds) != SEEDS:

@@ -145,10 +145,11 @@ def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
     """The complete cells whose results cannot be read, with what to do."""
     found: dict[str, str] = {}
     for name in sorted(cells):
-        if file := results.unreadable(results.run_dir(out, name)):
+        directory = results.run_dir(out, name)
+        if unreadable := results.contents(directory)[1]:
             found[name] = (
-                f"its {file} cannot be read, so that its case counts in no mean; restore the "
-                f"file, or remove {results.run_dir(out, name)} to run the cell again"
+                f"its {unreadable} cannot be read, so that its case counts in no mean; restore the "
+                f"file, or remove {directory} to run the cell again"
             )
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import joining_verdict, metrics
-from fedlora.config import load
+from fedlora.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.rounding import at_most
@@ -105,13 +105,15 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
     For local arms, the metrics pool the rows of all institutions, each under its own adapter.
     """
     found: list[dict[str, Any]] = []
+    drawn: list[float] = []
     total_bytes = 0
     for cell in case["cells"].values():
-        directory = run_dir(out, cell)
-        if unreadable(directory):
+        content, unreadable = contents(run_dir(out, cell))
+        if unreadable:
             return None
-        found.append(read_run_file(directory))
-        total_bytes += bytes_moved(read_records(directory))
+        found.append(content[RESULT])
+        total_bytes += bytes_moved(content[ROUNDS])
+        drawn.append(drawn_share(content[CONFIG]))
     if not found:
         return None
     result = found[0] if "" in case["cells"] else metrics.pooled(found)
@@ -131,15 +133,19 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "bytes": total_bytes if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
         "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
-        "drawn": drawn_share(run_dir(out, next(iter(case["cells"].values())))),
+        "drawn": drawn[0],
     }
 
 
-def unreadable(directory: Path) -> str:
-    """The file that keeps a cell's result from counting: it is not there or cannot be read.
+def contents(directory: Path) -> tuple[dict[str, Any], str]:
+    """Read the files of a cell without which its result does not count.
 
-    A result counts with the settings and the code that it is of. Empty if it counts.
+    A result counts with the settings and the code that it is of.
+
+    Returns:
+        File -> content, and the file that cannot be read; that is empty if the result counts.
     """
+    found: dict[str, Any] = {}
     for file, read in (
         (RESULT, read_run_file),
         (ENVIRONMENT, lambda path: read_run_file(path, ENVIRONMENT)),
@@ -147,10 +153,10 @@ def unreadable(directory: Path) -> str:
         (ROUNDS, read_records),
     ):
         try:
-            read(directory)
+            found[file] = read(directory)
         except InputError:
-            return file
-    return ""
+            return found, file
+    return found, ""
 
 
 def incomplete(out: Path) -> int:
@@ -158,10 +164,9 @@ def incomplete(out: Path) -> int:
     return sum(measured(out, case) is None for case in manifest(out)["cases"])
 
 
-def drawn_share(directory: Path) -> float:
+def drawn_share(config: RunConfig) -> float:
     """The share of records that a run's seed draws as held-out rows; 0 of a separate test file."""
-    data = load(directory / CONFIG).data
-    return 0.0 if data.test_source else data.test_fraction
+    return 0.0 if config.data.test_source else config.data.test_fraction
 
 
 def summary(out: Path) -> list[dict[str, Any]]:

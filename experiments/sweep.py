@@ -3,8 +3,8 @@
 A sweep is a TOML file: ``base`` names a configuration, ``[set]`` overrides keys of it,
 ``[set.ARM]`` overrides keys in one arm, ``[grid]`` lists values. A grid entry is a key with a list,
 or a name with a table of variants, each of which sets several keys together. An arm's own values
-win over a variant's; a listed key may be in no ``[set.ARM]`` and no other
-entry. See docs/experiments.md.
+win over a variant's; a listed key may be in no ``[set.ARM]`` and no other entry. See
+docs/experiments.md.
 """
 
 import difflib
@@ -317,14 +317,13 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
         fixed |= LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":
             fixed["federation.weighting"] = "public-size"
-    alone: Mapping[str, Any] = {}
     if kind in ("local", "central"):
-        alone = SINGLE_INSTITUTION
         everything = {k: v for k, v in everything.items() if not k.startswith("home.")}
+        everything |= SINGLE_INSTITUTION
     start = str(everything.get("adapter.start", ""))
     if start and expanded(start).exists():  # runs/latest moves
         fixed["adapter.start"] = str(expanded(start).resolve())
-    config = from_flat({**everything, **alone, **fixed})
+    config = from_flat({**everything, **fixed})
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
 

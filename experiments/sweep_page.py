@@ -10,7 +10,7 @@ from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL
 from experiments.sweep import EPSILON
-from fedlora.config import RunConfig, load
+from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, commit, read_run_file, void
@@ -367,9 +367,9 @@ def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -
 def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
     """Read the configuration of each complete cell whose result counts."""
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
-    found = {name: results.run_dir(out, name) for name in names}
+    found = {name: results.contents(results.run_dir(out, name)) for name in names}
     return {
-        name: load(path / CONFIG) for name, path in found.items() if not results.unreadable(path)
+        name: content[CONFIG] for name, (content, unreadable) in found.items() if not unreadable
     }
 
 
