@@ -57,10 +57,9 @@ def percent(runs: Sequence[Joining], model: str) -> str:
 
 def of_setting(runs: Sequence[Joining], drawn: float) -> str:
     """Accuracies and the gain of one setting, its seeds together."""
-    found = results.mean("gain", [run["gain"]["mean"] for run in runs], drawn)
-    half = results.no_narrower(found["gain_ci95"], [run["gain"] for run in runs], drawn)
+    gains = [run["gain"] for run in runs]
     accuracies = ", ".join(percent(runs, model) for model in ("alone", "shared", "own"))
-    return f"{accuracies} | {100 * (found['gain'] or 0):+.1f} ± {100 * (half or 0):.1f}"
+    return f"{accuracies} | {with_interval([gain['mean'] for gain in gains], gains, drawn)}"
 
 
 def average(
@@ -71,12 +70,16 @@ def average(
     """The average over settings of each seed, and its interval over seeds."""
     of_seeds = {seed: [runs[seed][key] for runs in settings.values()] for seed in sorted(SEEDS)}
     each = [statistics.fmean(one["mean"] for one in gains) for gains in of_seeds.values()]
-    found = results.mean("mean", each, drawn)
     bounds = [{end: statistics.fmean(one[end] for one in gains) for end in ("low", "high")}
               for gains in of_seeds.values()]  # fmt: skip
-    half = results.no_narrower(found["mean_ci95"], bounds, drawn)
     splits = ", ".join(f"{100 * value:+.1f}" for value in each)
-    return f"{100 * (found['mean'] or 0):+.1f} ± {100 * (half or 0):.1f} ({splits})"
+    return f"{with_interval(each, bounds, drawn)} ({splits})"
+
+
+def with_interval(values: Sequence[float], gains: Sequence[Joining], drawn: float) -> str:
+    """The mean gain in points and half the width of its interval."""
+    found = results.gain_mean("gain", values, gains, drawn)
+    return f"{100 * (found['gain'] or 0):+.1f} ± {100 * (found['gain_ci95'] or 0):.1f}"
 
 
 def counts(runs: Sequence[Joining]) -> str:

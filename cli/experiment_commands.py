@@ -33,7 +33,9 @@ def run_sweep(
     yes: Annotated[bool, typer.Option("--yes", help="Run a sweep of over 1,000 cells.")] = False,
     engine: Annotated[
         Literal["auto", "ray", "inline"],
-        typer.Option(help="Engine of the cells; auto: ray, but inline for a cell with one core."),
+        typer.Option(
+            help="Engine of the cells; auto: ray, but inline with one worker or one institution."
+        ),
     ] = "auto",
     as_json: Json = False,
 ) -> None:

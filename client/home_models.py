@@ -31,6 +31,9 @@ training protects each {unit} in the institution's records: epsilon {epsilon} at
 (one {unit} added or removed; {steps} steps, sample rate {sample_rate:.4g}, noise multiplier
 {noise_multiplier:.4g}, clipping bound {max_grad_norm:g}).
 
+What privacy.json of that run says of its list of classes and of what it started from holds for
+this model too.
+
 {others} that were in the ledger of the institution when this card was written, the spending is
 epsilon {ledger_epsilon} at delta {ledger_delta:g}. Runs without differential privacy on these
 records, if there were any, are not covered.

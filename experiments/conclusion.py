@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.pages import Section
-from experiments.results import CONFIDENCE
+from experiments.results import CONFIDENCE, text_of
 from fedlora.joining_verdict import MIN_CLASS_TEXTS
 
 Lines = Sequence[Mapping[str, Any]]
@@ -232,6 +232,6 @@ def setting_of(line: Mapping[str, Any], axes: Iterable[str]) -> str:
 
 def _short(axis: str, value: Any) -> str:
     """Return the label of an axis value; numbers are labelled with the axis."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = text_of(value)
     number = isinstance(value, int | float) or text == "inf"
     return f"{axis.rpartition('.')[2]} {text}" if number else text

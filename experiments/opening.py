@@ -427,7 +427,8 @@ def uncovered(run: Run) -> Section:
             f"All figures of quality, those of each class and institution too, come from {rows}, "
             "which nothing protects: no noise is added to them."
         )
-    if "train" in run.result["counts"] and run.config.privacy.enabled:
+    privacy = run.config.privacy
+    if "train" in run.result["counts"] and (privacy.enabled or privacy.hides_institutions):
         points.append(
             "The numbers of training records in this report are exact, which the promise would not "
             "allow to release: keep the report where the records may be known."

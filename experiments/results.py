@@ -204,7 +204,7 @@ def summary(out: Path) -> list[dict[str, Any]]:
             (case["arm"], sorted((c["seed"], sorted(c["cells"].items())) for c, _ in group))
         )
         axes = first.setdefault(runs, case["axes"])
-        same_as = ", ".join(_text(v) or "empty" for k, v in axes.items() if v != case["axes"][k])
+        same_as = ", ".join(text_of(v) or "empty" for k, v in axes.items() if v != case["axes"][k])
         names = sorted({name for _, found in group for name in found["institutions"]})
         for name in (ALL, *names):
             line = {"arm": case["arm"], **case["axes"]} | _line(name, group, by_key)
@@ -292,9 +292,7 @@ def _joining(
             values = [joining[MACRO_F1[key]]["macro_f1"] for joining in compared]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
-        line |= mean(key, values, drawn)
-        if gains and drawn:
-            line[f"{key}_ci95"] = no_narrower(line[f"{key}_ci95"], gains, drawn)
+        line |= gain_mean(key, values, gains, drawn) if gains else mean(key, values, drawn)
     everyone = institution == ALL
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (
@@ -302,8 +300,7 @@ def _joining(
     )
     line["not_compared"] = sum(found["not_compared"] for found in runs) if everyone else None
     line["classes_with_few_texts"] = (
-        # runs of earlier versions did not count them
-        max(joining["gain_macro_f1"].get("classes_with_few_texts", 0) for joining in compared)
+        max(joining["gain_macro_f1"]["classes_with_few_texts"] for joining in compared)
         if everyone
         else None
     )
@@ -332,23 +329,27 @@ def mean(name: str, values: Sequence[float], drawn: float) -> dict[str, float | 
     return {name: statistics.fmean(known) if known else None, f"{name}_ci95": half}
 
 
-def no_narrower(
-    half: float | None, gains: Sequence[Mapping[str, Any]], drawn: float
-) -> float | None:
-    """Half the width of a mean gain's interval, no less than that of its runs' own intervals.
+def gain_mean(
+    name: str, values: Sequence[float], gains: Sequence[Mapping[str, Any]], drawn: float
+) -> dict[str, float | None]:
+    """Return `mean` of gains, with an interval that is no narrower than its runs' own allow.
 
     Two or three seeds often agree by chance. What single runs do not know cannot be known by their
     mean alone.
 
     Args:
-        half: That of the spread over seeds; None with one seed.
+        name: The mean's name.
+        values: The gain of each seed.
         gains: ``low`` and ``high`` of each seed's 95 % interval, a bootstrap over held-out texts.
-        drawn: The share of records that each seed draws as held-out rows; above 0.
+        drawn: The share of records that each seed draws as held-out rows. Where it is 0, all seeds
+            are compared on the same rows, and the spread over seeds stands as it is.
     """
-    if half is None:
-        return None
-    one = statistics.fmean((gain["high"] - gain["low"]) / 2 for gain in gains)
-    return max(half, one * math.sqrt(1 / len(gains) + drawn / (1 - drawn)))
+    found = mean(name, values, drawn)
+    half = found[f"{name}_ci95"]
+    if half is not None and drawn:
+        one = statistics.fmean((gain["high"] - gain["low"]) / 2 for gain in gains)
+        half = max(half, one * math.sqrt(1 / len(gains) + drawn / (1 - drawn)))
+    return found | {f"{name}_ci95": half}
 
 
 def write(out: Path) -> None:
@@ -430,7 +431,7 @@ def tables(
         pooled.append(
             [
                 line["arm"],
-                *(_text(line[axis]) for axis in axes),
+                *(text_of(line[axis]) for axis in axes),
                 percent(line, "accuracy"),
                 percent(line, "macro_f1"),
                 percent(line, "worst_accuracy"),
@@ -439,7 +440,7 @@ def tables(
                 *(percent(line, key, signed=key.startswith("gain")) for key in JOINING_HEADS),
                 str(line.get("not_compared") or ""),
                 at_most(line["epsilon"]),
-                "" if line["delta"] is None else _text(line["delta"]),
+                "" if line["delta"] is None else text_of(line["delta"]),
                 f"{line['bytes'] / 1e6:.1f}",
                 f"{line['seconds']:.0f}",
                 str(line["seeds"]),
@@ -451,7 +452,7 @@ def tables(
     each += [
         [
             line["arm"],
-            *(_text(line[axis]) for axis in axes),
+            *(text_of(line[axis]) for axis in axes),
             line["institution"],
             percent(line, "accuracy"),
             percent(line, "gain_over_local", signed=True),
@@ -468,7 +469,8 @@ def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[row[i] for i in kept] for row in rows] if len(rows) > 1 else [list(rows[0])]
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """An axis value as tables and words show it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

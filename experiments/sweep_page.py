@@ -54,7 +54,7 @@ def of(out: Path) -> Page:
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
-            *_void(out, about["cases"]),
+            *_void(out, about["cases"], configs),
             conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
             Section(
@@ -92,9 +92,11 @@ def of(out: Path) -> Page:
     )
 
 
-def _void(out: Path, cases: Iterable[Mapping[str, Any]]) -> list[Section]:
+def _void(
+    out: Path, cases: Iterable[Mapping[str, Any]], configs: Mapping[str, RunConfig]
+) -> list[Section]:
     """A section that names void results, which count below like others; none without any."""
-    counted = [case for case in cases if results.measured(out, case) is not None]
+    counted = [case for case in cases if _is_complete(case, configs)]
     cells = {cell for case in counted for cell in case["cells"].values()}
     found = {cell: because for cell in cells
              if (because := void(read_run_file(results.run_dir(out, cell))))}  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from fedlora import data, merging, model_card, model_files, models, shards, trainable
 from fedlora.adapters import open_for
-from fedlora.config import RunConfig, load
+from fedlora.config import INSTITUTIONS, RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
@@ -284,6 +284,25 @@ def merged_model(
     return merged, work
 
 
+def origins_of_run(
+    run_dir: Path, config: RunConfig, result: Mapping[str, Any], *, private: bool
+) -> list[Origin]:
+    """A run as one whose records an adapter in its directory may know.
+
+    A deployed run knows no file of an institution. A model that `fedlora home` made of such a file
+    counts as one of the institutions' records too.
+
+    Args:
+        run_dir: Its directory, or the one that `fedlora home` wrote.
+        config: Its configuration.
+        result: Its ``result.json``; empty where the run is not complete.
+        private: Whether ledgers were charged for what the adapter knows.
+    """
+    run = str(result.get("run", run_dir.name))  # an early version wrote no identity
+    sources = [model_card.source(config), *[INSTITUTIONS] * made_at_home(run_dir)]
+    return [Origin(run=run, source=source, private=private) for source in sources]
+
+
 def merge(
     run_dir: Path,
     out_dir: Path,
@@ -320,8 +339,7 @@ def merge(
     said += said_of_origins(result)
     said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
-    run = str(result.get("run", run_dir.name))  # an early version wrote no identity
-    this = Origin(run=run, source=model_card.source(config), private=private)
+    this = origins_of_run(run_dir, config, result, private=private)
     licences = model_files.licences(config.model.name)
     with new_directory(out_dir) as new:
         for licence in licences:
@@ -330,5 +348,5 @@ def merge(
         models.save_tokenizer(work.base.tokenizer, new)
         named = configuration(run_dir, {})  # the card names the base as the run did
         model_card.write_merged(new, named, work, said, own_model=own_model)
-        content = json.dumps([this, *result.get("origins", [])])
+        content = json.dumps([*this, *result.get("origins", [])])
         write_atomic(new / MERGED, f"{content}\n".encode())

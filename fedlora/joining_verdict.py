@@ -166,8 +166,7 @@ def macro_f1_gain(gain: Mapping[str, Any]) -> str:
 
 def _few_texts(gain: Mapping[str, Any]) -> str:
     """How many classes have too few held-out texts for macro-F1; empty where none has."""
-    few = gain.get("classes_with_few_texts", 0)  # runs of earlier versions did not count them
-    if not few:
+    if not (few := gain["classes_with_few_texts"]):
         return ""
     return (
         f"{few} {'class has' if few == 1 else 'classes have'} fewer than {MIN_CLASS_TEXTS} "

@@ -415,8 +415,8 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     else:
         lines.append(f"- source: `{source(config)}`, partition: `{config.data.partition}`")
     lines.append(f"- columns: text `{config.data.text}`, label `{config.data.label}`")
-    if config.privacy.enabled:
-        lines.append("- number of training records: not stated, since DP protects each of them")
+    if config.privacy.enabled or config.privacy.hides_institutions:
+        lines.append("- number of training records: not stated, since DP protects them")
     elif "train" in result["counts"]:
         lines.append(f"- training records: {result['counts']['train']:,}")
     if work.labels:

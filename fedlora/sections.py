@@ -676,7 +676,11 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):
-    """Trackers that get copies of each round's figures: those of rounds.jsonl and no others."""
+    """Trackers that get copies of each round's figures, those of rounds.jsonl and no others.
+
+    MLflow also gets a finished run's adapter, privacy.json and report. The report of a simulation
+    has exact numbers of training records, which no DP covers.
+    """
 
     prefix = "tracking."
     mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")

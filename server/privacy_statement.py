@@ -57,6 +57,10 @@ CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
     "records, and a class of one record shows that record's label."
 )
+CLASSES_OF_INSTITUTIONS_READ = (
+    " The list of classes is taken for public: data.labels is empty, so it was read from the "
+    "records, and a class that one institution has shows that it has such records."
+)
 POOLED = (
     " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
     "as one unit at each of them, so that only its records at one institution are protected at "
@@ -126,6 +130,8 @@ def promise(config: RunConfig) -> dict[str, str]:
     privacy = config.privacy
     if not privacy.enabled:
         words = INSTITUTION_LEVEL_ONLY if privacy.hides_institutions else NO_PROMISE_WITHOUT_DP
+        if privacy.hides_institutions:
+            words += CLASSES_OF_INSTITUTIONS_READ * _reads_classes(config)
         if privacy.hides_institutions and privacy.noise == "seeded":
             words = NO_PROMISE_WITH_SEED
         return {"protects": words}
@@ -143,7 +149,7 @@ def promise(config: RunConfig) -> dict[str, str]:
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
-    words += CLASSES_READ * (config.model.task == "classification" and not config.data.labels)
+    words += CLASSES_READ * _reads_classes(config)
     if config.data.view == "pooled" and privacy.unit != "record":
         words += POOLED.format(unit=privacy.unit)
     words += STARTED * bool(config.adapter.start)
@@ -154,6 +160,10 @@ def promise(config: RunConfig) -> dict[str, str]:
         "adversary": adversary,
         "adjacency": ADJACENCY,
     }
+
+
+def _reads_classes(config: RunConfig) -> bool:
+    return config.model.task == "classification" and not config.data.labels
 
 
 def history(config: RunConfig, spent: Mapping[str, Any]) -> History:

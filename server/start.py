@@ -14,6 +14,7 @@ from fedlora.config import INSTITUTIONS, RunConfig, from_flat, load
 from fedlora.encoder import is_merged
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
+from fedlora.finished_run import origins_of_run
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, is_private, source
 from fedlora.model_files import Origin, origins_of_base
@@ -203,8 +204,7 @@ def origins(config: RunConfig) -> list[Origin]:
         complete = is_complete(origin.run_dir)
         result = read_run_file(origin.run_dir) if complete else {}
         private = is_private(earlier, own_model=not origin.released) and earlier.privacy.promises
-        run = str(result.get("run", origin.run_dir.name))
-        found.append(Origin(run=run, source=source(earlier), private=private))
+        found += origins_of_run(origin.run_dir, earlier, result, private=private)
         found += result.get("origins", [])
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
@@ -318,7 +318,7 @@ def _check_promises(config: RunConfig) -> None:
                 f"{start}, and {origin.run_dir} is an audited run, which was trained on planted "
                 "records too; start from the run itself"
             )
-        same = _same_records(earlier.data.source, config.data.source)
+        same = _shared_records(config, earlier, origin)
         if not same:
             continue
         if privacy.hides_institutions:
@@ -407,6 +407,14 @@ def _one_file(one: str, other: str) -> bool:
     """Whether two sources have a file in common. Nobody knows it of tables in memory."""
     in_memory = one.startswith(tables.MEMORY) or other.startswith(tables.MEMORY)
     return not in_memory and bool(_same_records(one, other))
+
+
+def _shared_records(config: RunConfig, earlier: RunConfig, origin: _Origin) -> str:
+    """What records a run may have in common with one that it follows; empty if none."""
+    same = _same_records(earlier.data.source, config.data.source)
+    if config.deployed and not origin.released:  # nobody here knows that institution's records
+        return same or "records of an institution, which this run may be on too"
+    return same
 
 
 def _same_records(one: str, other: str) -> str:

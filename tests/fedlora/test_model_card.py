@@ -108,6 +108,18 @@ def test_cards_name_the_quantisation_of_the_base(quantization, tiny_encoder, tin
     trainable.forget()
 
 
+@pytest.mark.parametrize("level", ["none", "record", "institution"])
+def test_a_card_counts_records_only_where_no_dp_hides_them(tiny_config, tmp_path, level):
+    off = {"privacy.epsilon": float("inf")}
+    values = {"none": off, "record": {}, "institution": off | {"privacy.institution-epsilon": 5.0}}
+    config = tiny_config(**values[level] | {"federation.weighting": "uniform"})
+    result = {"trained_parameters": 1, "rounds": 1, "counts": {"train": 12345}}
+    result |= {"epsilon_max": 8.0, "delta": 1e-5}
+    work, said = trainable.load(config, LABELS), {"protects": "Nobody.", "institutions": {}}
+    model_card.write_adapter(tmp_path, config, work, result, said)
+    assert ("12,345" in (tmp_path / "README.md").read_text()) == (level == "none")
+
+
 def test_the_tokenizer_beside_an_adapter_cuts_no_texts(tiny_config, tmp_path):
     work = trainable.load(tiny_config(**{"training.max-length": 5}), LABELS)
     work.task.encode(["a text"], [LABELS[0]], LABELS)

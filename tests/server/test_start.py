@@ -13,6 +13,7 @@ from client.ledger import Ledger
 from experiments import report
 from fedlora import finished_run, records, released, run_files, trainable
 from fedlora.adapters import AdapterState, kind, open_for
+from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError
 from fedlora.messages import Release
 from fedlora.model_card import source
@@ -299,7 +300,16 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
         with pytest.raises(InputError, match=r"an institution's own adapter of .*first, a run on"):
             start_adapter(following, made)
     following = following.replace({"adapter.start": str(at_home / "own")})
-    assert origins(following) == [Origin(run="abc", source=source(before), private=False)]
+    assert origins(following) == [
+        Origin(run="abc", source=name, private=False) for name in (source(before), INSTITUTIONS)
+    ]
+    # a deployed run knows no institution's file, so that whatever was made of one counts
+    (at_home / "home.toml").write_text(before.replace({"data.source": "/srv/bank.csv"}).to_toml())
+    values = {"data.source": INSTITUTIONS, "data.labels": list(made.labels), "data.institutions": 3}
+    deployed = following.replace(values)
+    with pytest.raises(InputError, match="records of an institution, which this run may be on too"):
+        start_adapter(deployed, made)
+    assert Origin(run="abc", source=INSTITUTIONS, private=False) in origins(deployed)
     found = start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
     saved = AdapterState.open(own)
     assert all(torch.equal(found[name], saved[name]) for name in saved)
