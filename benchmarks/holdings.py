@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.holdings SWEEP...
 
-Each SWEEP is the directory of a `fedlora sweep` of joining.toml or joining-fpb.toml, or of a part
+Each SWEEP is the directory of a `fedlora sweep` of joining.toml or a joining-fpb file, or of a part
 of one; its complete cells are read, whatever its file says. A setting has three seeds. The interval
 of a setting's gain is that of a sweep (`experiments.results`). That of an average over settings is
 Student's t over the seeds' averages, widened and no narrower than runs' own in the same way, as if

@@ -191,10 +191,16 @@ def void(result: Mapping[str, Any]) -> list[str]:
 def unprotected_origins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs without a promise that a run goes back to (`fedlora.model_files.Origin`).
 
+    Each is named once, though a model that `fedlora home` made stands there with two sources.
+
     Args:
         result: The content of result.json.
     """
-    return [origin for origin in result.get("origins", []) if not origin["private"]]
+    without = [origin for origin in result.get("origins", []) if not origin["private"]]
+    first: dict[str, Mapping[str, Any]] = {}
+    for origin in without:
+        first.setdefault(origin["run"], origin)
+    return [one for one in without if one is first[one["run"]] or one["run"] == UNKNOWN]
 
 
 def said_of_origins(result: Mapping[str, Any]) -> str:

@@ -59,7 +59,8 @@ CLASSES_READ = (
 )
 CLASSES_OF_INSTITUTIONS_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
-    "records, and a class that one institution has shows that it has such records."
+    "records, and a class that only one institution has shows that an institution with such "
+    "records takes part."
 )
 POOLED = (
     " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
@@ -149,7 +150,8 @@ def promise(config: RunConfig) -> dict[str, str]:
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
-    words += CLASSES_READ * _reads_classes(config)
+    if _reads_classes(config):
+        words += CLASSES_OF_INSTITUTIONS_READ if privacy.hides_institutions else CLASSES_READ
     if config.data.view == "pooled" and privacy.unit != "record":
         words += POOLED.format(unit=privacy.unit)
     words += STARTED * bool(config.adapter.start)

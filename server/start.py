@@ -28,6 +28,7 @@ from fedlora.run_files import (
     UNKNOWN,
     is_audited,
     is_complete,
+    made_at_home,
     read_run_file,
 )
 from fedlora.trainable import Trainable
@@ -412,7 +413,7 @@ def _one_file(one: str, other: str) -> bool:
 def _shared_records(config: RunConfig, earlier: RunConfig, origin: _Origin) -> str:
     """What records a run may have in common with one that it follows; empty if none."""
     same = _same_records(earlier.data.source, config.data.source)
-    if config.deployed and not origin.released:  # nobody here knows that institution's records
+    if config.deployed and made_at_home(origin.run_dir):  # nobody here knows of which records
         return same or "records of an institution, which this run may be on too"
     return same
 

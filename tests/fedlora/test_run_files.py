@@ -161,3 +161,13 @@ def test_a_damaged_line_is_found_by_each_reading(tmp_path):
             lines.read()
     file.write_bytes(b'{"round": 1}\n{"round": 2}\n')
     assert lines.read() == [{"round": 1}, {"round": 2}]
+
+
+def test_a_run_without_a_promise_is_named_once_and_each_start_that_is_gone():
+    own = [
+        {"run": "abc", "source": name, "private": False} for name in ("bank.csv", "institutions")
+    ]
+    gone = [{"run": run_files.UNKNOWN, "source": name, "private": False} for name in ("a", "b")]
+    private = [{"run": "def", "source": "institutions", "private": True}]
+    found = run_files.unprotected_origins({"origins": own + private + gone})
+    assert [one["source"] for one in found] == ["bank.csv", "a", "b"]
