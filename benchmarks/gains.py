@@ -109,10 +109,10 @@ def as_they_are(text: str) -> dict[str, list[Gain]]:
 def panels(document: str, readme: str) -> dict[str, Mapping[Any, Sequence[Gain]]]:
     """Title -> records held or name -> gains."""
     by = "### By what an institution holds"
-    intents = by_sweep(part(document, "<!-- Sweep joining-banking77 -->"))
-    larger = by_sweep(part(document, "<!-- Sweep joining-banking77-larger -->"))
-    for records, gains in larger.items():
-        intents.setdefault(records, []).extend(gains)
+    intents: dict[int, list[Gain]] = {}
+    for sweep in ("joining-banking77", "joining-banking77-more", "joining-banking77-larger"):
+        for records, gains in by_sweep(part(document, f"<!-- Sweep {sweep} -->")).items():
+            intents.setdefault(records, []).extend(gains)
     return {
         "us-gaap concepts at random": by_holdings(part(document, by)),
         "FPB sentences at random": by_holdings(part(document, f"{by}: sentences")),
