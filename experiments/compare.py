@@ -78,7 +78,7 @@ def write(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             for result, most in zip(loaded, whole, strict=True)
         ]
     seeded = [
-        (privacy.enabled or privacy.hides_institutions) and privacy.noise == "seeded"
+        privacy.under_dp and privacy.noise == "seeded"
         for privacy in (config.privacy for config in configs)
     ]
     if any(seeded):

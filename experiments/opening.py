@@ -427,8 +427,7 @@ def uncovered(run: Run) -> Section:
             f"All figures of quality, those of each class and institution too, come from {rows}, "
             "which nothing protects: no noise is added to them."
         )
-    privacy = run.config.privacy
-    if "train" in run.result["counts"] and (privacy.enabled or privacy.hides_institutions):
+    if "train" in run.result["counts"] and run.config.privacy.under_dp:
         points.append(
             "The numbers of training records in this report are exact, which the promise would not "
             "allow to release: keep the report where the records may be known."

@@ -31,7 +31,7 @@ OWN_FIGURES = frozenset(
 
 def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     """Refuse rounds and weights under which a promise would not hold, or could not be planned."""
-    if not federation.rounds and (privacy.enabled or privacy.hides_institutions):
+    if not federation.rounds and privacy.under_dp:
         raise InputError(
             "federation.rounds is 0, so nothing is trained and there is no budget to plan; set "
             "privacy.epsilon and privacy.institution-epsilon to inf, or rounds to at least 1"

@@ -415,7 +415,7 @@ def _data(config: RunConfig, work: Trainable, result: Mapping[str, Any]) -> str:
     else:
         lines.append(f"- source: `{source(config)}`, partition: `{config.data.partition}`")
     lines.append(f"- columns: text `{config.data.text}`, label `{config.data.label}`")
-    if config.privacy.enabled or config.privacy.hides_institutions:
+    if config.privacy.under_dp:
         lines.append("- number of training records: not stated, since DP protects them")
     elif "train" in result["counts"]:
         lines.append(f"- training records: {result['counts']['train']:,}")

@@ -197,10 +197,10 @@ def unprotected_origins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         result: The content of result.json.
     """
     without = [origin for origin in result.get("origins", []) if not origin["private"]]
-    first: dict[str, Mapping[str, Any]] = {}
-    for origin in without:
-        first.setdefault(origin["run"], origin)
-    return [one for one in without if one is first[one["run"]] or one["run"] == UNKNOWN]
+    runs = [origin["run"] for origin in without]
+    return [
+        one for i, one in enumerate(without) if one["run"] == UNKNOWN or one["run"] not in runs[:i]
+    ]
 
 
 def said_of_origins(result: Mapping[str, Any]) -> str:

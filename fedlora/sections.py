@@ -529,7 +529,12 @@ class PrivacyConfig(Section):
     @property
     def protects_nobody(self) -> bool:
         """Whether a run gives no guarantee to anyone."""
-        return self.noise == "seeded" or not (self.enabled or self.hides_institutions)
+        return self.noise == "seeded" or not self.under_dp
+
+    @property
+    def under_dp(self) -> bool:
+        """Whether there is DP at any level: of records, of institutions or of both."""
+        return self.enabled or self.hides_institutions
 
     @property
     def hides_institutions(self) -> bool:

@@ -55,12 +55,12 @@ STARTED = (
 )
 CLASSES_READ = (
     " The list of classes is taken for public: data.labels is empty, so it was read from the "
-    "records, and a class of one record shows that record's label."
+    "records"
 )
-CLASSES_OF_INSTITUTIONS_READ = (
-    " The list of classes is taken for public: data.labels is empty, so it was read from the "
-    "records, and a class that only one institution has shows that an institution with such "
-    "records takes part."
+CLASS_OF_A_RECORD = ", and a class of one record shows that record's label"
+CLASS_OF_AN_INSTITUTION = (
+    ", and a class that only one institution has shows that an institution with such records takes "
+    "part"
 )
 POOLED = (
     " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
@@ -130,11 +130,10 @@ def promise(config: RunConfig) -> dict[str, str]:
     """The promise of a run in words: ``protects`` and, under DP, ``adversary``, ``adjacency``."""
     privacy = config.privacy
     if not privacy.enabled:
-        words = INSTITUTION_LEVEL_ONLY if privacy.hides_institutions else NO_PROMISE_WITHOUT_DP
+        words = NO_PROMISE_WITHOUT_DP
         if privacy.hides_institutions:
-            words += CLASSES_OF_INSTITUTIONS_READ * _reads_classes(config)
-        if privacy.hides_institutions and privacy.noise == "seeded":
-            words = NO_PROMISE_WITH_SEED
+            seeded = privacy.noise == "seeded"
+            words = NO_PROMISE_WITH_SEED if seeded else INSTITUTION_LEVEL_ONLY + _classes(config)
         return {"protects": words}
     unit = (
         "record" if privacy.unit == "record" else f"value of {privacy.unit!r} with all its records"
@@ -150,8 +149,7 @@ def promise(config: RunConfig) -> dict[str, str]:
     if privacy.shares_noise:
         words += ALONE + NOT_MASKED * (not privacy.masks)
         words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
-    if _reads_classes(config):
-        words += CLASSES_OF_INSTITUTIONS_READ if privacy.hides_institutions else CLASSES_READ
+    words += _classes(config)
     if config.data.view == "pooled" and privacy.unit != "record":
         words += POOLED.format(unit=privacy.unit)
     words += STARTED * bool(config.adapter.start)
@@ -164,8 +162,14 @@ def promise(config: RunConfig) -> dict[str, str]:
     }
 
 
-def _reads_classes(config: RunConfig) -> bool:
-    return config.model.task == "classification" and not config.data.labels
+def _classes(config: RunConfig) -> str:
+    """What a class list shows that was read from the records; empty where none was."""
+    if config.model.task != "classification" or config.data.labels:
+        return ""
+    of_record = CLASS_OF_A_RECORD * config.privacy.enabled
+    return (
+        f"{CLASSES_READ}{of_record}{CLASS_OF_AN_INSTITUTION * config.privacy.hides_institutions}."
+    )
 
 
 def history(config: RunConfig, spent: Mapping[str, Any]) -> History:

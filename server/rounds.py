@@ -286,7 +286,7 @@ class Federation:
         starts = {r: self.strategy.start(this_round, r) for r in sorted(set(ranks.values()))}
         sent = {name: starts[rank] for name, rank in ranks.items()}
         this_round = dataclasses.replace(this_round, sent=sent)
-        quiet = config.privacy.enabled or config.privacy.hides_institutions or config.deployed
+        quiet = config.privacy.under_dp or config.deployed
         report = () if quiet else ("loss",)
         orders = {
             rank: TrainOrder(

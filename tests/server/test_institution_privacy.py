@@ -46,17 +46,20 @@ def test_weights_other_than_uniform_are_refused(tiny_config):
         tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.weighting": "public-size"})
 
 
-@pytest.mark.parametrize("level", ["record", "institution"])
+@pytest.mark.parametrize("level", ["record", "institution", "both"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_class_list_that_was_read_from_the_records_is_said_to_be_public(
     tiny_config, listed, level
 ):
     values = {"privacy.noise": "secure", "data.labels": ["a", "b"] * listed}
     if level == "institution":
-        values |= {"privacy.epsilon": float("inf"), "privacy.institution-epsilon": 5.0}
-        values |= {"federation.weighting": "uniform"}
+        values["privacy.epsilon"] = float("inf")
+    if level != "record":
+        values |= {"privacy.institution-epsilon": 5.0, "federation.weighting": "uniform"}
     said = privacy_statement.promise(tiny_config(**values))["protects"]
     assert ("list of classes is taken for public" in said) != listed
+    assert ("shows that record's label" in said) == (level != "institution" and not listed)
+    assert ("only one institution has" in said) == (level != "record" and not listed)
 
 
 @pytest.mark.parametrize("view", ["all", "pooled"])
