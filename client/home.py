@@ -186,7 +186,7 @@ class _Trainer:
                     "home.learning-rate, home.head-learning-rate or home.steps (with fedlora home: "
                     "--steps)"
                 )
-            held_back = len(self.held.get(i, ()))
+            held_back = len(self.held[i]) if i in tried and i in self.held else 0
             found[i] = AloneModel(adapter, chosen[i], right.get(i, ()), held_back)
             alone_models.write(self.homes[i].alone, found[i])
         return found

@@ -82,7 +82,8 @@ class Choices:
     """The choices of the institution's own command.
 
     Args:
-        run: The run's name or identity; empty with ``adapter``.
+        run: The run's name or identity; with ``adapter`` it may be empty, else it must be that
+            adapter's.
         adapter: A directory that the operator handed out; None: the adapter that arrived.
         method: As ``home.method``; empty: the run's.
         steps: As ``home.steps``; 0: the run's.
@@ -134,7 +135,13 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
         federation = records.load(config)
         train_rows, held_out = federation.train(0), federation.held_out(0)
         if not len(held_out):
-            raise InputError("no held-out row is left; name a test-source with rows of its own")
+            raise InputError(
+                f"none of the {len(train_rows)} records was set aside as a held-out row (each is "
+                f"with probability {SPLIT:g}); name a test-source with rows of its own"
+                if not own.test_source
+                else f"test-source {own.test_source} has no row that can be held out; name one "
+                "with rows of its own"
+            )
         held_out_from = _held_out_from(own, config, found.run, train_rows)
         work = trainable.load(config, federation.labels)
         shared = found.adapter(work, residuals=config.federation.traits.residuals)
@@ -264,9 +271,10 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
 
 
 def _origins(config: RunConfig, found: ReleaseFiles) -> list[Origin]:
-    """The run that released the adapter, and those behind the base."""
+    """The run that released the adapter, and those behind its start and base."""
     run = Origin(run=found.run, source=INSTITUTIONS, private=config.privacy.promises)
-    return [run, *origins_of_base(config.model.name)]
+    base = [one for one in origins_of_base(config.model.name) if one not in found.origins]
+    return [run, *found.origins, *base]
 
 
 def _release(own: Settings, choices: Choices) -> ReleaseFiles:

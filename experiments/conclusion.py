@@ -94,6 +94,11 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     each = [line for line in compared if not line["same_as"] and line["gain_ci95"] is not None]
     if not each:
         note = "One seed cannot show whether joining pays. Use three or more."
+        if sum(line["not_compared"] for line in compared):
+            note = (
+                "At most one seed of a setting has a comparison, which cannot show whether joining "
+                "pays: elsewhere models at home could not be made or measured."
+            )
         return Section(title="Conclusion", note=note, caution=True)
     least = min(line["seeds"] for line in each)
     said: list[str] = []

@@ -185,7 +185,7 @@ def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
     """A column for each size class."""
     columns = [
         [
-            f"{int(size):,} to {2 * int(size) - 1:,}",
+            joining_verdict.size_range(size),
             str(of["institutions"]),
             *(str(of[movers]) for movers in ("gaining", "losing")),
             f"{of['rows']:,}",

@@ -201,7 +201,7 @@ def promised(run: Run) -> Section:
         epsilon, delta = largest_epsilon(privacy), float(delta)
         what = f"a certain {_unit(config.privacy.unit)} was trained on"
         if "odds" in privacy:
-            continued = bool(config.adapter.start)
+            continued = bool(config.adapter.start or run.result.get("origins"))
             points += odds(privacy["odds"], epsilon, delta, what, continued=continued)
         else:
             points.append(
@@ -296,7 +296,7 @@ def odds(
     released = "Everything that the run released"
     if continued:
         released = (
-            "This is the run by itself: what the adapter that it started from reveals of the same "
+            "This is the run by itself: what it started from reveals of the same "
             "records is not in these odds. Everything that its own rounds released"
         )
     before = [f"from {percent(float(prior))} to at most {percent(after, up=True)}"

@@ -240,7 +240,10 @@ def _line(
     compared = [found for found in results if found["joining"] is not None]
     accuracies = [_of(found, institution) for found in results]
     behind = [len(_finite(values)) for values in (accuracies, *gains.values())]
-    behind += [len(compared)] * (institution == ALL)
+    # one whose models could not be compared at a seed has no gain there
+    behind.append(
+        sum(institution in (ALL, *found["joining"]["institutions"]) for found in compared)
+    )
     seeds = min(filter(None, behind), default=len(group))
     line: dict[str, Any] = {"institution": institution, "seeds": seeds}
     line |= mean("accuracy", accuracies, drawn)
@@ -253,6 +256,9 @@ def _line(
         line |= nothing | {f"{key}_ci95": None for key in nothing}
     if compared:
         line |= _joining(institution, compared, drawn)
+    refused = sum(found["not_compared"] for found in results)
+    if compared or refused:
+        line["not_compared"] = refused if institution == ALL else None
     for arm, values in gains.items():
         key = f"gain_over_{arm.replace('-', '_')}"
         line |= mean(key, values, drawn) | {f"{key}_n": len(_finite(values))}
@@ -298,7 +304,6 @@ def _joining(
     line["institutions"] = (
         statistics.fmean(found["population"] for found in runs) if everyone else None
     )
-    line["not_compared"] = sum(found["not_compared"] for found in runs) if everyone else None
     line["classes_with_few_texts"] = (
         max(joining["gain_macro_f1"]["classes_with_few_texts"] for joining in compared)
         if everyone
@@ -476,7 +481,7 @@ def text_of(value: Any) -> str:
 
 def caption(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the explanation of the tables of these lines."""
-    return CAPTION + JOINING_CAPTION * any("gain" in line for line in lines)
+    return CAPTION + JOINING_CAPTION * any("not_compared" in line for line in lines)
 
 
 def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:

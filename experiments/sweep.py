@@ -22,7 +22,7 @@ from experiments import ready, results
 from fedlora import config as configs
 from fedlora import model_files, plugins, records
 from fedlora.budget import rate_of
-from fedlora.config import SECTIONS, RunConfig, check_values, from_flat
+from fedlora.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
 from fedlora.errors import InputError
 from fedlora.files import expanded
 
@@ -306,17 +306,19 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     kind = arm.removesuffix("-dp")
     check_values(values)  # also of keys that the arm replaces
     everything = {**base, **values}
+    free: dict[str, Any] = {}
+    if kind == arm or everything.get(EPSILON, PrivacyConfig.epsilon) == math.inf:
+        budgets = (EPSILON, "privacy.institution-epsilon", "home.epsilon")
+        free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
+        if everything.get("federation.weighting") == "noised-size":
+            free["federation.weighting"] = "public-size"
+    everything |= free
     if kind == "base":
         from_flat(everything)  # also checks the keys that are dropped below
         kept = (*SPLIT_KEYS, *MACHINE_KEYS, "adapter.head")
         start = {key: value for key, value in values.items() if key.startswith(kept)}
-        everything = {**base, **start, **SINGLE_INSTITUTION, "federation.rounds": 0}
+        everything = {**base, **start, **free, **SINGLE_INSTITUTION, "federation.rounds": 0}
     fixed = {"run-dir": "", "privacy.ledger": "", "data.view": "all"}
-    if kind == arm:
-        fixed |= dict.fromkeys((EPSILON, "privacy.institution-epsilon", "home.epsilon"), math.inf)
-        fixed |= LOCAL_TRUST
-        if everything.get("federation.weighting") == "noised-size":
-            fixed["federation.weighting"] = "public-size"
     if kind in ("local", "central"):
         everything = {k: v for k, v in everything.items() if not k.startswith("home.")}
         everything |= SINGLE_INSTITUTION

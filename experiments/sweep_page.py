@@ -326,18 +326,27 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
     """Show the gain of joining where institutions trained at home; else an empty section."""
     if all(line.get("gain") is None for line in pooled):
         return Section(title=joining_page.TITLE)
-    promises = dict.fromkeys(
-        joining_page.home_promise(config)
-        for config in configs.values()
-        if config.home.method != "none"
-    )
-    budget = min(config.privacy.epsilon for config in configs.values())
+    at_home = {cell: config for cell, config in configs.items() if config.home.method != "none"}
+    promises = _home_promises(at_home, about)
+    budget = min(config.privacy.epsilon for config in at_home.values())
     alike = _only_holdings(configs, about)
     drawn = joining_page.by_records(pooled, EPSILON, budget) if alike else {}
     words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
     bars = any(line.get("gain_ci95") is not None for line in pooled)
     words += [joining_page.BARS] if drawn and bars else []
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
+
+
+def _home_promises(at_home: Mapping[str, RunConfig], about: Mapping[str, Any]) -> list[str]:
+    """What DP says of models at home; where that differs, each text names the cells it is of."""
+    found: dict[str, dict[str, None]] = {}
+    for case in about["cases"]:
+        for config in (at_home[cell] for cell in case["cells"].values() if cell in at_home):
+            of = f"{case['arm']} with home.epsilon {config.home.epsilon:g}"
+            found.setdefault(joining_page.home_promise(config), {})[of] = None
+    if len(found) == 1:
+        return list(found)
+    return [f"In {', '.join(of)}: {text[0].lower()}{text[1:]}" for text, of in found.items()]
 
 
 HOLDINGS = (
@@ -379,7 +388,9 @@ def _as_many_steps(about: Mapping[str, Any], configs: Mapping[str, RunConfig]) -
     """Whether all arms that train take as many steps at each setting."""
     steps: dict[str, set[int]] = {}
     for case in about["cases"]:
-        point = json.dumps([case["axes"], case["seed"]], sort_keys=True)
+        # an arm without DP has a budget of its own, at which no other runs
+        axes = {key: value for key, value in case["axes"].items() if key != EPSILON}
+        point = json.dumps([axes, case["seed"]], sort_keys=True)
         for config in (configs[cell] for cell in case["cells"].values() if cell in configs):
             if taken := config.federation.rounds * config.training.local_steps:
                 steps.setdefault(point, set()).add(taken)

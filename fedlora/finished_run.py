@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from fedlora import data, merging, model_card, model_files, models, shards, trainable
 from fedlora.adapters import open_for
-from fedlora.config import INSTITUTIONS, RunConfig, load
+from fedlora.config import RunConfig, load
 from fedlora.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
@@ -285,21 +285,24 @@ def merged_model(
 
 
 def origins_of_run(
-    run_dir: Path, config: RunConfig, result: Mapping[str, Any], *, private: bool
+    run_dir: Path,
+    config: RunConfig,
+    result: Mapping[str, Any],
+    *,
+    own_model: bool,
+    private: bool,
 ) -> list[Origin]:
     """A run as one whose records an adapter in its directory may know.
-
-    A deployed run knows no file of an institution. A model that `fedlora home` made of such a file
-    counts as one of the institutions' records too.
 
     Args:
         run_dir: Its directory, or the one that `fedlora home` wrote.
         config: Its configuration.
         result: Its ``result.json``; empty where the run is not complete.
+        own_model: Whether the adapter is an institution's own (`model_files.ONE_INSTITUTION`).
         private: Whether ledgers were charged for what the adapter knows.
     """
     run = str(result.get("run", run_dir.name))  # an early version wrote no identity
-    sources = [model_card.source(config), *[INSTITUTIONS] * made_at_home(run_dir)]
+    sources = [model_card.source(config), *[model_files.ONE_INSTITUTION] * own_model]
     return [Origin(run=run, source=source, private=private) for source in sources]
 
 
@@ -339,7 +342,7 @@ def merge(
     said += said_of_origins(result)
     said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
-    this = origins_of_run(run_dir, config, result, private=private)
+    this = origins_of_run(run_dir, config, result, own_model=own_model, private=private)
     licences = model_files.licences(config.model.name)
     with new_directory(out_dir) as new:
         for licence in licences:

@@ -104,6 +104,11 @@ def with_codes(refused: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({code})" for name, code in refused.items())
 
 
+def size_range(size: str) -> str:
+    """The numbers of records of a size class, which its least one names."""
+    return f"{int(size):,} to {2 * int(size) - 1:,}"
+
+
 def one_run(joining: Mapping[str, Any]) -> str:
     """What the verdict of one run leaves out; empty where it has no interval."""
     return ONE_RUN if has_interval(joining["gain"]) else ""

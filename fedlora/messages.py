@@ -138,6 +138,7 @@ class Release:
         name: The name under which the operator knows the run.
         round: The number of the last round.
         base: SHA-256 of the base model's weights as the server holds them.
+        origins: The runs behind the run's start and base (`fedlora.model_files.Origin`), as JSON.
         adapter: The released adapter; an institution's local parts replace its own.
     """
 
@@ -145,6 +146,7 @@ class Release:
     name: str
     round: int
     base: str
+    origins: str = "[]"
     adapter: "AdapterState"
 
 

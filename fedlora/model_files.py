@@ -28,6 +28,9 @@ SENSES = ("vision_config", "audio_config")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
 """Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
+ONE_INSTITUTION = "institution"
+"""``source`` of an `Origin` that stands beside the one with the file of an own model's institution:
+in a deployed run, which knows no institution's file, the records may be the same."""
 LICENCES = ("LICENSE*", "NOTICE*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *LICENCES]
 HUB_TIMEOUT_SECONDS = 10.0
@@ -99,20 +102,35 @@ def licences(name: str) -> list[Path]:
     return files
 
 
-def origins_of_base(name: str) -> list[Origin]:
-    """The runs that a base model in a directory was merged from; empty for any other base.
+def origins_of(found: Any) -> list[Origin]:
+    """The origins in the content of a file or a message.
 
     Raises:
-        InputError: If `MERGED` cannot be read.
+        ValueError, KeyError, TypeError: If it is no list of them.
     """
+    if not isinstance(found, list):
+        raise ValueError("it is no list of runs")
+    return [Origin(run=str(of["run"]), source=str(of["source"]), private=of["private"] is True)
+            for of in cast(list[Any], found)]  # fmt: skip
+
+
+def origins_of_base(name: str) -> list[Origin]:
+    """The runs that a base model was merged from; empty for any other base.
+
+    Args:
+        name: As of `resolve`.
+
+    Raises:
+        InputError: If there is no such model, or its `MERGED` cannot be read.
+    """
+    path = resolve(name).path  # a merged model may also lie on the hub or in a package
     try:
-        found = json.loads((expanded(name) / MERGED).read_text(encoding="utf-8"))
+        found = json.loads((path / MERGED).read_text(encoding="utf-8"))
         if isinstance(found, dict):  # of an earlier version, which named the merged run only
             found = cast(Any, [found])
-        if not isinstance(found, list) or not found:
+        if not found:
             raise ValueError("it names no run")
-        return [Origin(run=str(of["run"]), source=str(of["source"]), private=of["private"] is True)
-                for of in cast(list[Any], found)]  # fmt: skip
+        return origins_of(found)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -5,7 +5,7 @@ institution; an institution that is online at the end of a run writes the same f
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,8 @@ from fedlora.adapters import AdapterState, open_for
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.messages import Release
-from fedlora.run_files import RUN_NAME, finite
+from fedlora.model_files import Origin, origins_of
+from fedlora.run_files import RUN_NAME, UNKNOWN, finite
 from fedlora.settings_schema import Scalar
 from fedlora.trainable import Trainable
 
@@ -32,6 +33,7 @@ class ReleaseFiles:
         round: The number of the last round.
         base: SHA-256 of the base model's weights.
         config: The run's configuration, flat, without any institution's own values.
+        origins: The runs behind the run's start and base.
     """
 
     directory: Path
@@ -40,6 +42,7 @@ class ReleaseFiles:
     round: int
     base: str
     config: Mapping[str, Scalar]
+    origins: Sequence[Origin]
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -50,6 +53,9 @@ class ReleaseFiles:
         """
         try:
             content: Any = json.loads((directory / FILE).read_text(encoding="utf-8"))
+            if "origins" not in content:  # of an earlier version: nobody knows
+                content["origins"] = [{"run": UNKNOWN, "source": directory.name, "private": False}]
+            content["origins"] = origins_of(content["origins"])
             made = cls(directory=directory, **content)
             texts = (content["run"], content["base"], content["name"])
             if not (
@@ -61,7 +67,7 @@ class ReleaseFiles:
                 and type(made.config) is dict
             ):
                 raise ValueError("a field has a wrong type")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{directory / FILE} cannot be read ({type(error).__name__}); give the directory "
                 "adapter/ of a finished run's results, as the operator hands it out"
@@ -106,5 +112,6 @@ def describe(directory: Path, release: Release, config: Mapping[str, Scalar]) ->
         "round": release.round,
         "base": release.base,
         "config": finite(config),
+        "origins": json.loads(release.origins),
     }
     write_atomic(directory / FILE, (json.dumps(about, indent=2) + "\n").encode())

@@ -24,6 +24,7 @@ from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import version
 from fedlora.files import code_digest
+from fedlora.model_files import ONE_INSTITUTION
 
 log = logging.getLogger("fedlora.server")
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -191,15 +192,13 @@ def void(result: Mapping[str, Any]) -> list[str]:
 def unprotected_origins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The runs without a promise that a run goes back to (`fedlora.model_files.Origin`).
 
-    Each is named once, though a model that `fedlora home` made stands there with two sources.
-
     Args:
         result: The content of result.json.
     """
-    without = [origin for origin in result.get("origins", []) if not origin["private"]]
-    runs = [origin["run"] for origin in without]
     return [
-        one for i, one in enumerate(without) if one["run"] == UNKNOWN or one["run"] not in runs[:i]
+        origin
+        for origin in result.get("origins", [])
+        if not origin["private"] and origin["source"] != ONE_INSTITUTION
     ]
 
 

@@ -37,6 +37,7 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
+from fedlora.model_files import origins_of
 from fedlora.run_files import RUN_NAME
 from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, MaskedOrder, SecureMessage
 
@@ -296,6 +297,10 @@ def unpack_release(content: RecordDict) -> Release:
     release = _identified(_build(Release, values | {"adapter": _adapter(content)}))
     if not RUN_NAME.fullmatch(release.name):
         raise Refusal("malformed-message", f"{_quoted(release.name)} is no name of a run")
+    try:
+        origins_of(json.loads(release.origins))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Refusal("malformed-message", f"{_quoted(release.origins)} are no origins") from None
     return release
 
 

@@ -48,7 +48,7 @@ NO_PROMISE_WITH_SEED = (
 BY_SIZE_CLASS = "a power of ten below 1 / size class"
 """``delta`` of an institution whose size class nobody reported."""
 STARTED = (
-    " The run started from an earlier adapter (adapter.start): what that one reveals of the same "
+    " The run started from {what}: what that one reveals of the same "
     'records adds to this. "ledger_epsilon" of an institution is the bound for all runs on its '
     'ledger; "ledger_epsilon_alone" is that bound if, in runs with secure aggregation, all other '
     "institutions collude."
@@ -80,6 +80,8 @@ def statement(
     state: RunState,
     own_keys: Mapping[str, Any],
     spending: Spending | None,
+    *,
+    follows: bool,
 ) -> dict[str, Any]:
     """The content of privacy.json.
 
@@ -89,13 +91,19 @@ def statement(
         state: The state after the last round.
         own_keys: The aggregation's own keys, on institution-level DP or secure aggregation.
         spending: The possible spending of institutions; None when DP at institutions is off.
+        follows: See `promise`.
 
     Returns:
         The promise in words, as odds, and for each institution an upper bound of its spending (see
         docs/privacy-accounting.md).
     """
     if spending is None:
-        return {**promise(config), "epsilon": "inf", "institutions": {}, **own_keys}
+        return {
+            **promise(config, follows=follows),
+            "epsilon": "inf",
+            "institutions": {},
+            **own_keys,
+        }
     # Whether and what an institution reported may depend on its records.
     reports = {} if config.privacy.hides_institutions else state.privacy
     institutions = {
@@ -109,7 +117,7 @@ def statement(
         if name not in reports and state.asked.get(name)
     }
     return {
-        **promise(config),
+        **promise(config, follows=follows),
         **odds_of(config, institutions, silent),
         "institutions": institutions,
         **own_keys,
@@ -126,8 +134,13 @@ def bound(config: RunConfig, rounds_asked: int) -> dict[str, Any]:
     }
 
 
-def promise(config: RunConfig) -> dict[str, str]:
-    """The promise of a run in words: ``protects`` and, under DP, ``adversary``, ``adjacency``."""
+def promise(config: RunConfig, *, follows: bool) -> dict[str, str]:
+    """The promise of a run in words: ``protects`` and, under DP, ``adversary``, ``adjacency``.
+
+    Args:
+        config: The run.
+        follows: Whether its start or its base goes back to an earlier run.
+    """
     privacy = config.privacy
     if not privacy.enabled:
         words = NO_PROMISE_WITHOUT_DP
@@ -152,7 +165,10 @@ def promise(config: RunConfig) -> dict[str, str]:
     words += _classes(config)
     if config.data.view == "pooled" and privacy.unit != "record":
         words += POOLED.format(unit=privacy.unit)
-    words += STARTED * bool(config.adapter.start)
+    if config.adapter.start:
+        words += STARTED.format(what="an earlier adapter (adapter.start)")
+    elif follows:
+        words += STARTED.format(what="a base model of an earlier run (merged.json)")
     if config.home.private and not config.deployed:
         words += HOME.format(epsilon=config.home.epsilon)
     return {

@@ -502,6 +502,7 @@ class Federation:
             name=self.directory.path.name,
             round=state.round,
             base=self.work.base.digest,
+            origins=json.dumps(origins(config)),
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())
@@ -525,7 +526,8 @@ class Federation:
         compared = self.compare_at_home(adapter)
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
-        privacy = statement(config, names, state, level, self.spending)
+        behind = origins(config)
+        privacy = statement(config, names, state, level, self.spending, follows=bool(behind))
         if config.plug_ins:
             privacy = {**privacy, "plug_ins": plugins.describe(config.plug_ins)}
         result = {
@@ -533,7 +535,7 @@ class Federation:
             **({"joining": compared} if compared else {}),
             **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             **({"released": outcomes} if outcomes else {}),
-            **({"origins": behind} if (behind := origins(config)) else {}),
+            **({"origins": behind} if behind else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),
             "delta": self.largest_delta(privacy),
             **({"epsilon_alone_max": alone} if (alone := epsilon_alone(privacy)) else {}),

@@ -17,7 +17,7 @@ from fedlora.files import expanded, sha256
 from fedlora.finished_run import origins_of_run
 from fedlora.lora_layers import Scale
 from fedlora.model_card import LABELS, is_private, source
-from fedlora.model_files import Origin, origins_of_base
+from fedlora.model_files import ONE_INSTITUTION, Origin, origins_of_base
 from fedlora.released import ReleaseFiles
 from fedlora.run_files import (
     CONFIG,
@@ -28,11 +28,13 @@ from fedlora.run_files import (
     UNKNOWN,
     is_audited,
     is_complete,
-    made_at_home,
     read_run_file,
 )
 from fedlora.trainable import Trainable
 from strategies.lowrank import carried, recompressed
+
+OF_ONE = "records of an institution, which this run may be on too"
+OF_INSTITUTIONS = "records of institutions, which this run may be on too"
 
 
 def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
@@ -200,12 +202,15 @@ def origins(config: RunConfig) -> list[Origin]:
     if (one := _handed_out(start)) is not None:
         followed = from_flat(one.config)
         private = is_private(followed) and followed.privacy.promises
-        found.append(Origin(run=one.run, source=INSTITUTIONS, private=private))
+        found += [Origin(run=one.run, source=INSTITUTIONS, private=private), *one.origins]
     for earlier, origin in _lineage(config):
         complete = is_complete(origin.run_dir)
         result = read_run_file(origin.run_dir) if complete else {}
         private = is_private(earlier, own_model=not origin.released) and earlier.privacy.promises
-        found += origins_of_run(origin.run_dir, earlier, result, private=private)
+        own_model = not origin.released
+        found += origins_of_run(
+            origin.run_dir, earlier, result, own_model=own_model, private=private
+        )
         found += result.get("origins", [])
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
@@ -229,14 +234,22 @@ def _check_base(config: RunConfig) -> None:
 def _uncounted(config: RunConfig, origin: Origin) -> str:
     """What the sources of a run and of one behind its start have in common by their names.
 
-    Empty where they have nothing in common, where the run promises nothing, and where ledgers have
-    the earlier run: in a deployment each institution has one for all runs.
+    A deployed run names no institution's file, and of what is gone nobody knows the records: either
+    counts as in common. Empty where they have nothing in common, where the run promises nothing,
+    and where ledgers have the earlier run: in a deployment each institution has one for all runs.
     """
     privacy, names = config.privacy, (source(config), origin["source"])
     if not privacy.promises and not privacy.hides_institutions:
         return ""
     if config.deployed and origin["private"] and not privacy.hides_institutions:
         return ""
+    if origin["run"] == UNKNOWN:
+        return "records that nobody knows"
+    if config.deployed and origin["source"] == ONE_INSTITUTION:
+        return OF_ONE
+    hidden = privacy.hides_institutions or not origin["private"]
+    if not config.deployed and origin["source"] == INSTITUTIONS and hidden:
+        return OF_INSTITUTIONS
     if all(name.startswith(tables.MEMORY) for name in names):
         return "a table too"
     return f"a data.source of this name ({names[0]})" if names[0] == names[1] else ""
@@ -245,7 +258,8 @@ def _uncounted(config: RunConfig, origin: Origin) -> str:
 def _check_recorded(config: RunConfig) -> None:
     """Check the runs that earlier runs say to go back to and whose directories are gone.
 
-    Where an earlier run was on the same records, it was charged to the ledgers of those before it.
+    Where an earlier run was on the same records as this one and as those before it, it was charged
+    to the ledgers of these.
 
     Raises:
         InputError: If one of them was on a source of this run's name.
@@ -257,14 +271,28 @@ def _check_recorded(config: RunConfig) -> None:
     for earlier, _, result in followed:
         for origin in result.get("origins", []):
             counted = origin["private"] and origin["source"] == source(earlier)
+            counted = counted and bool(_same_records(earlier.data.source, config.data.source))
             if origin["run"] in here or counted:
                 continue
             if same := _uncounted(config, origin):
-                raise InputError(
-                    f"adapter.start is {start}, and it goes back to the run {origin['run']} on "
-                    f"{same}: what that reveals of these records would be in no figure of this "
-                    "run; start from another adapter"
-                )
+                raise _goes_back(start, origin, same)
+    for start in _starts(config):
+        for origin in handed_out.origins if (handed_out := _handed_out(start)) else ():
+            if same := _uncounted(config, origin):
+                raise _goes_back(config.adapter.start, origin, same)
+
+
+def _goes_back(start: str, origin: Origin, same: str) -> InputError:
+    return InputError(
+        f"adapter.start is {start}, and it goes back to the run {origin['run']} on {same}: what "
+        "that reveals of these records would be in no figure of this run; start from another "
+        "adapter"
+    )
+
+
+def _starts(config: RunConfig) -> list[str]:
+    """The start of a run, and those of the runs that it follows."""
+    return [config.adapter.start, *(one.adapter.start for one, _ in _lineage(config))]
 
 
 def _check_split(config: RunConfig) -> None:
@@ -304,8 +332,7 @@ def _check_promises(config: RunConfig) -> None:
         InputError: Naming the start and the remedy.
     """
     start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
-    starts = [config.adapter.start, *(one.adapter.start for one, _ in _lineage(config))]
-    for handed_out in filter(None, map(_handed_out, starts)):
+    for handed_out in filter(None, map(_handed_out, _starts(config))):
         promised = from_flat(handed_out.config).privacy.promises
         if privacy.hides_institutions or (privacy.promises and not promised):
             raise InputError(
@@ -413,8 +440,11 @@ def _one_file(one: str, other: str) -> bool:
 def _shared_records(config: RunConfig, earlier: RunConfig, origin: _Origin) -> str:
     """What records a run may have in common with one that it follows; empty if none."""
     same = _same_records(earlier.data.source, config.data.source)
-    if config.deployed and made_at_home(origin.run_dir):  # nobody here knows of which records
-        return same or "records of an institution, which this run may be on too"
+    if config.deployed and not origin.released:  # nobody here knows of which records
+        return same or OF_ONE
+    hidden = config.privacy.hides_institutions or not earlier.privacy.promises
+    if earlier.deployed and not config.deployed and hidden:
+        return OF_INSTITUTIONS
     return same
 
 

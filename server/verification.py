@@ -210,7 +210,8 @@ class _Checks:
         return f"{config.data.source}: the run's records"
 
     def _promise(self) -> str:
-        for key, words in privacy_statement.promise(self._config()).items():
+        follows = bool(read_run_file(self.run_dir).get("origins"))
+        for key, words in privacy_statement.promise(self._config(), follows=follows).items():
             _same(key, self.said.get(key), words, CONFIG)
         return str(self.said["protects"])
 

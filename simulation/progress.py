@@ -228,7 +228,7 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
         )
     for size, of in joining["sizes"].items() if len(joining["sizes"]) > 1 else ():
         table.add_row(
-            f"with {int(size):,} to {2 * int(size) - 1:,}",
+            f"with {joining_verdict.size_range(size)}",
             f"training records: {joining_verdict.interval({**of, 'mean': of['gain']})}; "
             f"{_accuracies(of)} (institutions: {of['institutions']})",
         )

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from client import alone_models, home, home_cohort, home_training
-from client.home import WEIGHTS, mixed, models_at_home
+from client.home import WEIGHTS, mixed, models_alone, models_at_home
 from client.home_models import Choice, Setting
 from client.institution import Institution
 from fedlora import models, records, trainable
@@ -573,6 +573,8 @@ def test_an_institution_with_under_sixteen_validation_records_chooses_nothing(
         setting = Setting(8, 0.02)
         assert found.choice == Choice(alone=setting, own=setting, weight=weight, held_back=held)
     assert found.choice.weight >= 0.5 and not same(found.own, one.shared)
+    (alone,) = models_alone(work, [one], config.home, 64)  # as for an own model under DP
+    assert alone.held_back == held * chooses
 
 
 @pytest.fixture

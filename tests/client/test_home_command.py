@@ -24,6 +24,7 @@ from fedlora.composition import Event
 from fedlora.config import INSTITUTIONS, UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
+from fedlora.model_files import ONE_INSTITUTION
 from fedlora.rounding import at_most
 from library.result import Result
 from simulation.engines.grid import identify
@@ -388,6 +389,16 @@ def test_without_a_test_source_rows_are_held_back_and_the_command_says_so(bank):
     assert result["records"] + rows <= 80
 
 
+def test_where_no_row_is_held_out_the_error_says_of_how_many(bank):
+    made = bank()
+    made.receive(made.release())
+    rows = (made.directory / "own.csv").read_text().splitlines(keepends=True)
+    (made.directory / "few.csv").write_text("".join([rows[0], *rows[6:9]]))
+    made.set(source="few.csv", test_source="")
+    said = made.refused("--run", "first")
+    assert "none of the 3 records was set aside as a held-out row" in said
+
+
 def test_where_the_ledger_is_of_other_records_than_given_now_the_command_says_so(bank):
     made = bank()
     made.receive(made.release())
@@ -566,7 +577,7 @@ def test_predict_evaluate_and_merge_take_the_directory_and_use_the_own_model(ban
     )
     known = json.loads((made.directory / "merged" / "merged.json").read_text())
     sources = {one["source"] for one in known if not one["private"]}
-    assert INSTITUTIONS in sources  # so that no deployed run takes it for a base of public records
+    assert ONE_INSTITUTION in sources  # so that no deployed run takes it for a base of public records
 
 
 # Under DP.

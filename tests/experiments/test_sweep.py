@@ -101,9 +101,20 @@ def test_pooled_customers_of_two_banks_stay_two_units(tiny_config):
     assert np.array_equal(pooled.all_held_out.records, federation.all_held_out.records)
 
 
-def test_an_arm_without_dp_is_one_case_for_all_budgets(sweep_file):
-    text = 'arms = ["base", "federated", "federated-dp"]\n[grid]\nprivacy.epsilon = [1.0, 8.0, inf]'
-    cases = sweep.read(sweep_file(text))
+@pytest.mark.parametrize(
+    "always",
+    [
+        "",
+        "home.epsilon = 8.0",
+        'federation.weighting = "noised-size"',
+        'privacy.trust = "secure-aggregation"\nprivacy.honest = 3\n'
+        'federation.weighting = "public-size"',
+    ],
+)
+def test_an_arm_without_dp_is_one_case_for_all_budgets(sweep_file, always):
+    grid = "[grid]\nprivacy.epsilon = [1.0, 8.0, inf]"
+    text = f'arms = ["base", "federated", "federated-dp"]\n[set]\n{always}\n{grid}'
+    cases = sweep.read(sweep_file(text, **{"home.method": "fine-tune"}))
     assert [(c.arm, c.axes["privacy.epsilon"]) for c in cases] == [
         ("base", math.inf),
         ("federated", math.inf),
@@ -499,7 +510,11 @@ def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
     file.write_text(json.dumps(result))
     of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
     lines = [x for x in results.summary(out) if of.items() <= x.items()]
-    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 2, "B": 1}
+    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 1, "B": 1}
+    result["joining"] = compared(["B"], better=6)
+    file.write_text(json.dumps(result))
+    lines = [x for x in results.summary(out) if of.items() <= x.items()]
+    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 2, "A": 1, "B": 1}
 
 
 def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
@@ -514,6 +529,15 @@ def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
     assert [x["not_compared"] for x in lines if x["institution"] == results.ALL] == [2, 0]
     head, *rows = results.tables(out, lines)[0]
     assert [row[head.index("not compared")] for row in rows] == ["2", ""]
+    result["joining"] = {"not_compared": {"A": "timeout", "B": "timeout"}}  # nothing is left
+    for cell, counts in (("few-2", [3, 0]), ("few-1", [4, 0])):
+        (results.run_dir(out, cell) / "result.json").write_text(json.dumps(result))
+        lines = [x for x in results.summary(out) if x["institution"] == results.ALL]
+        assert [x["not_compared"] for x in lines] == counts
+        assert ("gain" in lines[0]) == (cell == "few-2")
+        said = conclusion.of(lines[:1], ["holdings"]).note
+        assert said.startswith("At most one seed") == (cell == "few-2")
+    assert "Not compared: institutions of all seeds" in results.caption(lines[:1])
 
 
 def test_institutions_that_train_together_are_counted_also_without_held_out_rows(tmp_path):
@@ -565,6 +589,40 @@ def test_a_gain_in_exact_matches_is_not_one_against_an_accuracy(tmp_path):
         )
         assert ("the same number of steps" in words[0]) == (not generated)
         assert ("on the same held-out rows" in words[0]) != generated
+
+
+@pytest.mark.parametrize("budgets", [{}, {"privacy.epsilon": [1.0, 8.0]}])
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_page_says_whether_arms_took_as_many_steps(sweep_file, budgets, rounds):
+    """An arm without DP has a budget of its own, at which no other arm runs."""
+    grid = "".join(f"{key} = {value}\n" for key, value in budgets.items())
+    text = f'arms = ["federated", "federated-dp"]\n[set.federated]\nfederation.rounds = {rounds}\n'
+    cases = sweep.read(sweep_file(f"{text}[grid]\nseed = [1, 2]\n{grid}"))
+    about = {
+        "cases": [
+            {"arm": c.arm, "axes": c.axes, "seed": c.config.seed, "cells": {"": str(number)}}
+            for number, c in enumerate(cases)
+        ]
+    }
+    configs = {str(number): c.config for number, c in enumerate(cases)}
+    assert sweep_page._as_many_steps(about, configs) == (rounds == 2)
+
+
+def test_a_page_says_of_which_models_at_home_a_promise_is(sweep_file):
+    """Also names the budget of those that are drawn, not of another arm."""
+    text = 'arms = ["local-dp", "federated", "federated-dp"]\n[set]\nhome.epsilon = 8.0\n'
+    text += "[set.local-dp]\nprivacy.epsilon = 1.0\n[grid]\nseed = [1]"
+    cases = sweep.read(sweep_file(text, **{"home.method": "fine-tune"}))
+    configs = {c.arm: c.config for c in cases}
+    about = {"cases": [{"arm": c.arm, "axes": {}, "cells": {"": c.arm}} for c in cases]}
+    line = {"gain": 0.1, "gain_ci95": None, "records": 60, "institutions": 4, "same_as": ""}
+    lines = [line | {"arm": "federated-dp", "institution": results.ALL, "epsilon": 8.0}]
+    section = sweep_page._joining(lines, configs, about)
+    first, second = section.words[1:3]
+    assert first.startswith("In federated with home.epsilon inf: alone and own have no")
+    assert second.startswith("In federated-dp with home.epsilon 8: ")
+    del configs["federated"]
+    assert not sweep_page._joining(lines, configs, about).words[1].startswith("In ")
 
 
 def test_a_gain_counts_its_own_seeds_and_no_file_shows_them(tmp_path):

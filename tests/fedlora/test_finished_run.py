@@ -32,6 +32,7 @@ from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.run_files import read_run_file
 from library.result import Result
+from server import verification
 from server.start import origins, start_adapter
 from simulation import run
 from tests.fedlora.small_models import byte_tokenizer
@@ -291,6 +292,9 @@ def test_a_merged_model_names_the_runs_that_it_goes_back_to(classifier, complain
     assert read_run_file(again)["origins"] == [{"run": first, "source": source, "private": False}]
     said = f"trained by the run {first} on `{source}` without a promise"
     assert said in (again / "adapter" / "README.md").read_text()
+    promise = read_run_file(again, "privacy.json")["protects"]
+    assert "The run started from a base model of an earlier run (merged.json)" in promise
+    assert all(one.state == "ok" for one in verification.verify(again) if one.name == "promise")
     with pytest.raises(InputError, match=f"from what the run {first} trained on {source} without"):
         hub_upload.push(again, "org/adapter")
     finished_run.merge(again, tmp_path / "twice")
@@ -299,6 +303,14 @@ def test_a_merged_model_names_the_runs_that_it_goes_back_to(classifier, complain
     config = known.replace({"model.name": str(tmp_path / "twice"), "privacy.epsilon": 1.0})
     with pytest.raises(InputError, match=f"the run {first}, from which it was merged"):
         start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
+
+
+def test_a_merged_model_is_known_by_its_file_wherever_it_lies(classifier, tmp_path, monkeypatch):
+    finished_run.merge(classifier, tmp_path / "merged")
+    here = model_files.resolve(str(tmp_path / "merged"))
+    monkeypatch.setattr(model_files, "_from_hub", lambda name: here)
+    (this,) = model_files.origins_of_base("org/merged")
+    assert this["run"] == read_run_file(classifier)["run"]
 
 
 def test_a_run_names_the_runs_that_its_adapter_goes_back_to(classifier, tmp_path):
@@ -336,6 +348,12 @@ def test_a_run_that_goes_back_to_records_of_a_run_that_is_gone_is_refused(classi
         start_adapter(config, work)
     start_adapter(config.replace({"privacy.epsilon": float("inf")}), work)
     del result["run"]  # as an early version wrote it
+    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
+        start_adapter(config, work)
+    gone["private"] = True  # charged to the ledgers of a file of this name, but not of this run's
+    away = other.replace({"data.source": str(tmp_path / "elsewhere" / gone["source"])})
+    (tmp_path / "second" / "config.toml").write_text(away.to_toml())
     (tmp_path / "second" / "result.json").write_text(json.dumps(result))
     with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
         start_adapter(config, work)

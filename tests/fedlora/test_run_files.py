@@ -10,6 +10,7 @@ import pytest
 import fedlora
 from fedlora import run_files
 from fedlora.errors import InputError
+from fedlora.model_files import ONE_INSTITUTION
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,9 +166,10 @@ def test_a_damaged_line_is_found_by_each_reading(tmp_path):
 
 def test_a_run_without_a_promise_is_named_once_and_each_start_that_is_gone():
     own = [
-        {"run": "abc", "source": name, "private": False} for name in ("bank.csv", "institutions")
+        {"run": "abc", "source": name, "private": False}
+        for name in ("bank.csv", ONE_INSTITUTION, "institutions")  # the run itself had no DP either
     ]
     gone = [{"run": run_files.UNKNOWN, "source": name, "private": False} for name in ("a", "b")]
     private = [{"run": "def", "source": "institutions", "private": True}]
     found = run_files.unprotected_origins({"origins": own + private + gone})
-    assert [one["source"] for one in found] == ["bank.csv", "a", "b"]
+    assert [one["source"] for one in found] == ["bank.csv", "institutions", "a", "b"]

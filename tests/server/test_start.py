@@ -17,7 +17,7 @@ from fedlora.config import INSTITUTIONS
 from fedlora.errors import InputError
 from fedlora.messages import Release
 from fedlora.model_card import source
-from fedlora.model_files import Origin
+from fedlora.model_files import ONE_INSTITUTION, Origin
 from fedlora.rounding import at_most
 from server.start import _same_records, head_start, origins, start_adapter
 from simulation import continuation
@@ -301,15 +301,18 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
             start_adapter(following, made)
     following = following.replace({"adapter.start": str(at_home / "own")})
     assert origins(following) == [
-        Origin(run="abc", source=name, private=False) for name in (source(before), INSTITUTIONS)
+        Origin(run="abc", source=name, private=False) for name in (source(before), ONE_INSTITUTION)
     ]
     # a deployed run knows no institution's file, so that whatever was made of one counts
-    (at_home / "home.toml").write_text(before.replace({"data.source": "/srv/bank.csv"}).to_toml())
+    for file in (at_home / "home.toml", first / "config.toml"):
+        file.write_text(before.replace({"data.source": "/srv/bank.csv"}).to_toml())
     values = {"data.source": INSTITUTIONS, "data.labels": list(made.labels), "data.institutions": 3}
     deployed = following.replace(values)
-    with pytest.raises(InputError, match="records of an institution, which this run may be on too"):
-        start_adapter(deployed, made)
-    assert Origin(run="abc", source=INSTITUTIONS, private=False) in origins(deployed)
+    for start in (at_home / "own", own):
+        with pytest.raises(InputError, match="records of an institution, which this run may be on"):
+            start_adapter(deployed.replace({"adapter.start": str(start)}), made)
+    assert Origin(run="abc", source=ONE_INSTITUTION, private=False) in origins(deployed)
+    start_adapter(deployed.replace({"adapter.start": str(first)}), made)  # it may be public
     found = start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
     saved = AdapterState.open(own)
     assert all(torch.equal(found[name], saved[name]) for name in saved)
@@ -339,6 +342,70 @@ def test_a_start_that_knows_rows_which_are_held_out_now_is_refused(
     start_adapter(following, made)  # a source of its own decides, not the seed
     with pytest.raises(InputError, match=r"another split \(data.text "):
         start_adapter(following.replace({"data.text": "other"}), made)
+
+
+@pytest.mark.parametrize("epsilon", [4.0, float("inf")])
+def test_a_simulation_may_be_on_the_records_of_an_earlier_deployed_run(
+    tiny_config, simulate_run, tmp_path, epsilon
+):
+    secure = {"privacy.noise": "secure", "federation.rounds": 1}
+    first = tiny_config(**secure, **{"run-dir": str(tmp_path / "first")})
+    simulate_run(first)
+    made = trainable.load(first, records.load(first).labels)
+    values = {"data.source": INSTITUTIONS, "data.labels": list(made.labels), "data.institutions": 3}
+    values |= {"privacy.epsilon": epsilon}
+    (tmp_path / "first" / "config.toml").write_text(first.replace(values).to_toml())
+    following = first.replace({"adapter.start": str(tmp_path / "first")})
+    hidden = {"federation.weighting": "uniform", "privacy.institution-epsilon": 8.0}
+    for config in (following, following.replace(hidden)):
+        if epsilon < float("inf") and config is following:
+            start_adapter(config, made)
+            continue
+        with pytest.raises(InputError, match="records of institutions, which this run may be on"):
+            start_adapter(config, made)
+    start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
+
+
+@pytest.mark.parametrize(
+    ("behind", "said"),
+    [
+        (
+            [{"run": "gone", "source": "complaints.csv"}],
+            "the run gone on a data.source of this name",
+        ),
+        ([{"run": "unknown", "source": "A"}], "the run unknown on records that nobody knows"),
+        (None, "the run unknown on records that nobody knows"),
+        ([{"run": "gone", "source": "public.csv"}], ""),
+    ],
+)
+def test_a_released_adapter_says_what_its_run_goes_back_to(tiny_config, tmp_path, behind, said):
+    config = tiny_config(**{"privacy.noise": "secure"})
+    made = trainable.load(config, records.load(config).labels)
+    made.start.save(tmp_path, made.model)
+    known = [{**one, "private": False} for one in behind or ()]
+    release = Release(
+        run="abc",
+        name="first",
+        round=3,
+        base=made.base.digest,
+        origins=json.dumps(known),
+        adapter=made.start,
+    )
+    values = {"data.source": INSTITUTIONS, "data.labels": list(made.labels)}
+    released.describe(tmp_path, release, config.replace(values | {"data.institutions": 4}).flat())
+    if behind is None:  # an earlier version wrote it
+        content = json.loads((tmp_path / released.FILE).read_text())
+        del content["origins"]
+        (tmp_path / released.FILE).write_text(json.dumps(content))
+    following = config.replace({"adapter.start": str(tmp_path)})
+    if behind is not None:
+        assert origins(following)[1:] == known
+    if not said:
+        start_adapter(following, made)
+        return
+    with pytest.raises(InputError, match=said):
+        start_adapter(following, made)
+    start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
 
 
 @pytest.mark.parametrize("epsilon", [4.0, float("inf")])
@@ -400,7 +467,7 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     both = at_most(max(one["ledger_epsilon"] for one in stated.values()))
     card = (tmp_path / "second" / "adapter" / "README.md").read_text()
     assert f"| largest epsilon of a ledger, all runs charged to it | {both} |" in card
-    own_rounds = "what the adapter that it started from reveals of the same records is not in"
+    own_rounds = "what it started from reveals of the same records is not in"
     for run, said in (("first", False), ("second", True)):
         text = report.write(tmp_path / run).read_text(encoding="utf-8")
         assert (own_rounds in text) == said

@@ -448,7 +448,7 @@ def deployed(run_directory, federation):
     (run_directory / "config.toml").write_text(config.to_toml())
     content = statement(run_directory)
     content["run"] |= {"mode": "deployment", "records": None}
-    content |= privacy_statement.promise(config)
+    content |= privacy_statement.promise(config, follows=False)
     content["run"]["files"] = binding.digests(run_directory)
     signer = seal.Signer.open(folder)
     assert signer
