@@ -21,7 +21,7 @@ from client.local_parts import LocalParts
 from fedlora import data, finished_run, records, released, trainable, wire
 from fedlora.adapters import AdapterState
 from fedlora.composition import Event
-from fedlora.config import INSTITUTIONS, UNRELEASED
+from fedlora.config import UNRELEASED
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import Release
 from fedlora.model_files import ONE_INSTITUTION
@@ -577,7 +577,7 @@ def test_predict_evaluate_and_merge_take_the_directory_and_use_the_own_model(ban
     )
     known = json.loads((made.directory / "merged" / "merged.json").read_text())
     sources = {one["source"] for one in known if not one["private"]}
-    assert ONE_INSTITUTION in sources  # so that no deployed run takes it for a base of public records
+    assert ONE_INSTITUTION in sources  # no deployed run takes it for a base of public records
 
 
 # Under DP.

@@ -903,7 +903,7 @@ def test_the_first_sheet_on_paper_holds_the_whole_opening(run_directory, tmp_pat
               "federation.weighting": "public-size"}  # fmt: skip
     config.write_text(load(config, values).to_toml())
     path = run_directory / "privacy.json"
-    privacy = json.loads(path.read_text()) | promise(load(config))
+    privacy = json.loads(path.read_text()) | promise(load(config), follows=False)
     for one in privacy["institutions"].values():
         one["epsilon_alone"] = 40.0
     numbers = {"honest": 2, "colluding": 1, "institutions": 4, "least_survivors": 3}
