@@ -94,7 +94,7 @@ def _of_joining(compared: Lines, axes: Sequence[str]) -> Section:
     each = [line for line in compared if not line["same_as"] and line["gain_ci95"] is not None]
     if not each:
         note = "One seed cannot show whether joining pays. Use three or more."
-        if sum(line["not_compared"] for line in compared):
+        if any(line["not_compared"] and line["accuracy_ci95"] is not None for line in compared):
             note = (
                 "At most one seed of a setting has a comparison, which cannot show whether joining "
                 "pays: elsewhere models at home could not be made or measured."

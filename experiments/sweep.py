@@ -307,7 +307,7 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     check_values(values)  # also of keys that the arm replaces
     everything = {**base, **values}
     free: dict[str, Any] = {}
-    if kind == arm or everything.get(EPSILON, PrivacyConfig.epsilon) == math.inf:
+    if kind == arm or float(everything.get(EPSILON, PrivacyConfig.epsilon)) == math.inf:
         budgets = (EPSILON, "privacy.institution-epsilon", "home.epsilon")
         free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":

@@ -340,9 +340,11 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
 def _home_promises(at_home: Mapping[str, RunConfig], about: Mapping[str, Any]) -> list[str]:
     """What DP says of models at home; where that differs, each text names the cells it is of."""
     found: dict[str, dict[str, None]] = {}
+    noises = {config.privacy.noise for config in at_home.values()}
     for case in about["cases"]:
         for config in (at_home[cell] for cell in case["cells"].values() if cell in at_home):
             of = f"{case['arm']} with home.epsilon {config.home.epsilon:g}"
+            of += f" and privacy.noise {config.privacy.noise}" * (len(noises) > 1)
             found.setdefault(joining_page.home_promise(config), {})[of] = None
     if len(found) == 1:
         return list(found)

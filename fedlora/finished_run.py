@@ -342,7 +342,8 @@ def merge(
     said += said_of_origins(result)
     said = "\n\n".join([said, *model_card.voided(result)])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
-    this = origins_of_run(run_dir, config, result, own_model=own_model, private=private)
+    of_one = own_model or bool(config.federation.traits.local_parts)
+    this = origins_of_run(run_dir, config, result, own_model=of_one, private=private)
     licences = model_files.licences(config.model.name)
     with new_directory(out_dir) as new:
         for licence in licences:

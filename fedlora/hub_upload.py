@@ -72,7 +72,7 @@ def _check_promise(config: RunConfig, result: Mapping[str, Any], unprotected: bo
         whys.append("privacy.noise was seeded, so that the noise can be subtracted")
     whys += [f"the result is void: {text}" for text in void(result)]
     whys += [
-        f"what it started from ({of['source']}) is gone"
+        f"what it started from ({of['source']}) is gone or was not written down"
         if of["run"] == UNKNOWN
         else f"it started from what the run {of['run']} trained on {of['source']} without a "
         "promise for these records"

@@ -7,7 +7,7 @@ an update against the global adapter.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ class Release:
         name: The name under which the operator knows the run.
         round: The number of the last round.
         base: SHA-256 of the base model's weights as the server holds them.
-        origins: The runs behind the run's start and base (`fedlora.model_files.Origin`), as JSON.
+        origins: The runs behind the run's start and base (`fedlora.model_files.Origin`).
         adapter: The released adapter; an institution's local parts replace its own.
     """
 
@@ -146,7 +146,7 @@ class Release:
     name: str
     round: int
     base: str
-    origins: str = "[]"
+    origins: Sequence[Mapping[str, Any]]
     adapter: "AdapterState"
 
 

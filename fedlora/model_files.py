@@ -28,7 +28,7 @@ SENSES = ("vision_config", "audio_config")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MERGED = "merged.json"
 """Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
-ONE_INSTITUTION = "institution"
+ONE_INSTITUTION = "(one institution)"
 """``source`` of an `Origin` that stands beside the one with the file of an own model's institution:
 in a deployed run, which knows no institution's file, the records may be the same."""
 LICENCES = ("LICENSE*", "NOTICE*")

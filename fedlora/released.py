@@ -112,6 +112,6 @@ def describe(directory: Path, release: Release, config: Mapping[str, Scalar]) ->
         "round": release.round,
         "base": release.base,
         "config": finite(config),
-        "origins": json.loads(release.origins),
+        "origins": list(release.origins),
     }
     write_atomic(directory / FILE, (json.dumps(about, indent=2) + "\n").encode())

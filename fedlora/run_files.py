@@ -50,7 +50,7 @@ AUDITED = "audited.json"
 RUNS, LATEST = "runs", "latest"
 """The directory of runs, and the link in it to the run that was started or resumed last."""
 UNKNOWN = "unknown"
-"""In ``origins`` of a result: the ``run`` of a start whose directory is gone."""
+"""In ``origins``: the ``run`` of a start that is gone, or that an earlier version did not name."""
 SUBMISSION = "submission.json"
 """In a run directory: the deployment's record of a submitted run."""
 _HEADS = {
@@ -205,7 +205,8 @@ def unprotected_origins(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def said_of_origins(result: Mapping[str, Any]) -> str:
     """A further sentence for each of `unprotected_origins`; often empty."""
     return "".join(
-        f" What it started from ({origin['source']}) is gone, so nobody knows what that reveals."
+        f" What it started from ({origin['source']}) is gone or was not written down, so nobody "
+        "knows what it reveals."
         if origin["run"] == UNKNOWN
         else f" What it started from was trained by the run {origin['run']} on "
         f"`{origin['source']}` without a promise for these records: whatever that reveals of them "

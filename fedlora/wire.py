@@ -37,7 +37,7 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
-from fedlora.model_files import origins_of
+from fedlora.model_files import Origin, origins_of
 from fedlora.run_files import RUN_NAME
 from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, MaskedOrder, SecureMessage
 
@@ -69,6 +69,8 @@ MAX_HEADER_BYTES = 2**20
 that a header names takes memory before it is compared with anything."""
 MAX_LIST_TEXTS = 16
 """Texts in a list of an order: its parts, its local parts, the requested figures."""
+MAX_ORIGINS_CHARACTERS = 2**18
+"""Characters of a release's origins as JSON: some thousand runs."""
 MAX_EVALUATION_CHARACTERS = 2**20
 """Characters of an evaluation's figures as JSON: some thousand classes."""
 CHARACTERS_OF_A_ROW = 30
@@ -256,7 +258,10 @@ def with_masked_order(content: RecordDict, order: MaskedOrder) -> RecordDict:
 
 def pack_order(order: "TrainOrder | EvaluateOrder | Release", adapter: ArrayRecord) -> RecordDict:
     """An order and its adapter as records; engines share the adapter's record between orders."""
-    return RecordDict({_ORDER: _versioned(_plain(order, "adapter", "masked")), _ADAPTER: adapter})
+    values = _plain(order, "adapter", "masked", "origins")
+    if isinstance(order, Release):
+        values["origins"] = json.dumps(list(order.origins))
+    return RecordDict({_ORDER: _versioned(values), _ADAPTER: adapter})
 
 
 def unpack_order(content: RecordDict) -> TrainOrder:
@@ -294,14 +299,22 @@ def unpack_release(content: RecordDict) -> Release:
     """The `Release` in a message. Raises `Refusal` when it is not one."""
     _holds_only(content, _ORDER, _ADAPTER)
     values = _asked(content, _ORDER)
-    release = _identified(_build(Release, values | {"adapter": _adapter(content)}))
+    values |= {"adapter": _adapter(content), "origins": _origins(values.get("origins"))}
+    release = _identified(_build(Release, values))
     if not RUN_NAME.fullmatch(release.name):
         raise Refusal("malformed-message", f"{_quoted(release.name)} is no name of a run")
-    try:
-        origins_of(json.loads(release.origins))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise Refusal("malformed-message", f"{_quoted(release.origins)} are no origins") from None
     return release
+
+
+def _origins(text: Any) -> list[Origin]:
+    """The origins of a release. Raises `Refusal` if they are none."""
+    if isinstance(text, str) and len(text) <= MAX_ORIGINS_CHARACTERS:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            return origins_of(json.loads(text))
+    raise Refusal(
+        "malformed-message",
+        f"the origins are no JSON list of runs of up to {MAX_ORIGINS_CHARACTERS} characters",
+    )
 
 
 def pack_evaluation(evaluation: Evaluation) -> RecordDict:

@@ -502,7 +502,7 @@ class Federation:
             name=self.directory.path.name,
             round=state.round,
             base=self.work.base.digest,
-            origins=json.dumps(origins(config)),
+            origins=origins(config),
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())

@@ -28,6 +28,7 @@ from fedlora.run_files import (
     UNKNOWN,
     is_audited,
     is_complete,
+    made_at_home,
     read_run_file,
 )
 from fedlora.trainable import Trainable
@@ -227,7 +228,8 @@ def _check_base(config: RunConfig) -> None:
             raise InputError(
                 f"model.name is {config.model.name}, and the run {origin['run']}, from which it "
                 f"was merged, was on {same}: what it reveals of these records would be in no "
-                "figure of this run; take that run's base, and its adapter as adapter.start"
+                "figure of this run; take another base, or, if that run was under DP on the same "
+                "records, its base, and its adapter as adapter.start"
             )
 
 
@@ -241,12 +243,12 @@ def _uncounted(config: RunConfig, origin: Origin) -> str:
     privacy, names = config.privacy, (source(config), origin["source"])
     if not privacy.promises and not privacy.hides_institutions:
         return ""
+    if config.deployed and origin["source"] == ONE_INSTITUTION:
+        return OF_ONE
     if config.deployed and origin["private"] and not privacy.hides_institutions:
         return ""
     if origin["run"] == UNKNOWN:
         return "records that nobody knows"
-    if config.deployed and origin["source"] == ONE_INSTITUTION:
-        return OF_ONE
     hidden = privacy.hides_institutions or not origin["private"]
     if not config.deployed and origin["source"] == INSTITUTIONS and hidden:
         return OF_INSTITUTIONS
@@ -267,7 +269,9 @@ def _check_recorded(config: RunConfig) -> None:
     start = config.adapter.start
     followed = [(earlier, origin.run_dir, read_run_file(origin.run_dir))
                 for earlier, origin in _lineage(config) if is_complete(origin.run_dir)]  # fmt: skip
-    here = {result.get("run", run_dir.name) for _, run_dir, result in followed}
+    # `fedlora home` names the run whose adapter it took, which need not be here
+    here = {result.get("run", run_dir.name) for _, run_dir, result in followed
+            if not made_at_home(run_dir)}  # fmt: skip
     for earlier, _, result in followed:
         for origin in result.get("origins", []):
             counted = origin["private"] and origin["source"] == source(earlier)

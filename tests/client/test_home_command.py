@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("no_ray")
 LABELS = ["card", "fraud", "loan"]
 RUN = "0123456789abcdef"
 NONE = float("inf")
+BEHIND = {"run": "before", "source": "pilot.csv", "private": False}
 
 
 @dataclasses.dataclass
@@ -71,7 +72,12 @@ class Bank:
     def release(self, **changes):
         work = self.work()
         made = Release(
-            run=RUN, name="first", round=3, base=work.base.digest, adapter=self.adapter()
+            run=RUN,
+            name="first",
+            round=3,
+            base=work.base.digest,
+            origins=[BEHIND],
+            adapter=self.adapter(),
         )
         return dataclasses.replace(made, **changes)
 
@@ -367,7 +373,9 @@ def test_own_is_trained_from_the_shared_adapter_and_shared_is_what_was_released(
 def test_flags_of_the_institution_win_over_the_wish_of_the_run(bank):
     made = bank(**{"home.steps": 10**9, "home.method": "none"})
     made.receive(made.release())
-    wished = made.result("--run", "first", "--steps", 4)["choices"]
+    whole = made.result("--run", "first", "--steps", 4)
+    assert whole["origins"][1:] == [BEHIND]
+    wished = whole["choices"]
     assert (wished["method"], wished["steps"]) == ("interpolate", 4)
     assert 1 <= wished["alone_steps"] == wished["own_steps"] <= 4
     out = made.directory / "other"

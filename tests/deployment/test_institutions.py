@@ -20,7 +20,7 @@ from fedlora.errors import InputError, Refusal
 from fedlora.released import ReleaseFiles
 from fedlora.run_files import SIZES, read_records
 from fedlora.sections import INSTITUTIONS
-from server import binding, roster, verification
+from server import binding, roster, rounds, verification
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
@@ -89,12 +89,15 @@ def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(
 
 
 def test_every_institution_that_is_online_at_the_end_has_the_released_adapter(
-    deployed, institutions, rows
+    deployed, institutions, rows, monkeypatch
 ):
+    behind = [{"run": "before", "source": "pilot.csv", "private": False}]
+    monkeypatch.setattr(rounds, "origins", lambda config: behind)
     config = deployed()
     files = institutions()
     result = _run(config, files)
     assert result["released"] == dict.fromkeys(BANKS, "stored")
+    assert result["origins"] == behind
     theirs = AdapterState.open(Path(config.run_dir) / "adapter")
     for bank, file in zip(BANKS, files, strict=True):
         found = Releases(rows / bank / "state").find("run")  # the name of the run's directory
@@ -102,6 +105,7 @@ def test_every_institution_that_is_online_at_the_end_has_the_released_adapter(
         assert set(ours) == set(theirs) and all(torch.equal(ours[n], t) for n, t in theirs.items())
         handed = ReleaseFiles.open(Path(config.run_dir) / "adapter")
         assert (found.run, found.base, found.round) == (handed.run, handed.base, 3)
+        assert found.origins == handed.origins == behind
         own = settings.load(str(file))
         assert config_policy.apply(own, handed.config) == config_policy.apply(own, found.config)
         assert str(rows) not in json.dumps(dict(handed.config))

@@ -538,6 +538,9 @@ def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
         said = conclusion.of(lines[:1], ["holdings"]).note
         assert said.startswith("At most one seed") == (cell == "few-2")
     assert "Not compared: institutions of all seeds" in results.caption(lines[:1])
+    one = results.summary(joined_sweep(tmp_path / "one"))[0]
+    one |= {"not_compared": 1, "gain_ci95": None, "accuracy_ci95": None}  # one seed was run
+    assert conclusion.of([one], ["holdings"]).note.startswith("One seed cannot show")
 
 
 def test_institutions_that_train_together_are_counted_also_without_held_out_rows(tmp_path):

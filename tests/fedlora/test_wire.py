@@ -231,12 +231,24 @@ def test_nobody_can_tell_a_record_beforehand():
 
 
 def test_a_release_comes_back_and_its_name_is_a_run_s():
-    release = Release(run="a1", name="first.2-b", round=4, base="0" * 64, adapter=STATE)
+    behind = [{"run": f"{n:032x}", "source": "institutions", "private": True} for n in range(50)]
+    release = Release(
+        run="a1", name="first.2-b", round=4, base="0" * 64, origins=behind, adapter=STATE
+    )
     arrays = wire.pack_adapter(STATE)
     _same(wire.unpack_release(wire.pack_order(release, arrays)), release)
     for changes in ({"name": "../x"}, {"name": ""}, {"name": "x" * 64}, {"run": "a/b"}):
         content = wire.pack_order(dataclasses.replace(release, **changes), arrays)
         with pytest.raises(Refusal, match="malformed-message"):
+            wire.unpack_release(content)
+    content = wire.pack_order(release, arrays)
+    (asked,) = content.config_records.values()
+    for origins in ("x", "{}", '["a"]', '[{"run": "a"}]', 3, " " * 2**18 + "[]", None):
+        if origins is None:
+            del asked["origins"]
+        else:
+            asked["origins"] = origins
+        with pytest.raises(Refusal, match="the origins are no JSON list of runs"):
             wire.unpack_release(content)
 
 

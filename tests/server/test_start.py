@@ -312,6 +312,11 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
         with pytest.raises(InputError, match="records of an institution, which this run may be on"):
             start_adapter(deployed.replace({"adapter.start": str(start)}), made)
     assert Origin(run="abc", source=ONE_INSTITUTION, private=False) in origins(deployed)
+    released_by = Origin(run="abc", source=INSTITUTIONS, private=False)  # it is not here itself
+    about = {"run": "abc", "origins": [released_by]}
+    (at_home / "result.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match="the run abc on records of institutions, which this run"):
+        start_adapter(following, made)
     start_adapter(deployed.replace({"adapter.start": str(first)}), made)  # it may be public
     found = start_adapter(following.replace({"privacy.epsilon": float("inf")}), made)
     saved = AdapterState.open(own)
@@ -388,7 +393,7 @@ def test_a_released_adapter_says_what_its_run_goes_back_to(tiny_config, tmp_path
         name="first",
         round=3,
         base=made.base.digest,
-        origins=json.dumps(known),
+        origins=known,
         adapter=made.start,
     )
     values = {"data.source": INSTITUTIONS, "data.labels": list(made.labels)}
@@ -417,7 +422,9 @@ def test_a_released_adapter_is_known_where_an_institution_keeps_it(tiny_config, 
     made.start.save(kept, made.model)
     released.describe(
         kept,
-        Release(run="abc", name="first", round=3, base=made.base.digest, adapter=made.start),
+        Release(
+            run="abc", name="first", round=3, base=made.base.digest, origins=[], adapter=made.start
+        ),
         config.replace(
             {
                 "data.source": "institutions",
