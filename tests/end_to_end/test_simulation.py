@@ -512,7 +512,7 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
         seconds=0.0,
     )
     spending = Spending(config=config, participations=3)
-    said = statement(config, ["Alpha", "Beta"], state, {}, spending)
+    said = statement(config, ["Alpha", "Beta"], state, {}, spending, follows=False)
     alpha = said["institutions"]["Alpha"]
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.
