@@ -33,6 +33,7 @@ from fedlora.budget import delta_of
 from fedlora.config import RunConfig
 from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
+from fedlora.model_files import Origin
 from fedlora.run_files import read_records
 from server import (
     aggregation,
@@ -490,8 +491,12 @@ class Federation:
             population,
         )
 
-    def hand_out(self, adapter: AdapterState) -> dict[str, str]:
+    def hand_out(self, adapter: AdapterState, behind: Sequence[Origin]) -> dict[str, str]:
         """Write down the released adapter of a deployed run, and send it to its institutions.
+
+        Args:
+            adapter: The adapter.
+            behind: The runs that it goes back to.
 
         Returns:
             Institution -> ``stored``, or the reason why it has no adapter; all registered ones.
@@ -502,7 +507,7 @@ class Federation:
             name=self.directory.path.name,
             round=state.round,
             base=self.work.base.digest,
-            origins=origins(config),
+            origins=behind,
             adapter=adapter,
         )
         released.describe(self.directory.path / "adapter", release, config.public())
@@ -522,11 +527,11 @@ class Federation:
             if draft.is_file():
                 draft.unlink()  # of a killed process; privacy.json binds all files in the directory
         adapter.save(self.directory.path / "adapter", work.model)
-        outcomes = self.hand_out(adapter) if config.deployed else {}
+        behind = origins(config)
+        outcomes = self.hand_out(adapter, behind) if config.deployed else {}
         compared = self.compare_at_home(adapter)
         names = population.names or sorted(state.asked)
         level = self.aggregation.statement(state)
-        behind = origins(config)
         privacy = statement(config, names, state, level, self.spending, follows=bool(behind))
         if config.plug_ins:
             privacy = {**privacy, "plug_ins": plugins.describe(config.plug_ins)}

@@ -207,8 +207,8 @@ def origins(config: RunConfig) -> list[Origin]:
     for earlier, origin in _lineage(config):
         complete = is_complete(origin.run_dir)
         result = read_run_file(origin.run_dir) if complete else {}
-        private = is_private(earlier, own_model=not origin.released) and earlier.privacy.promises
         own_model = not origin.released
+        private = is_private(earlier, own_model=own_model) and earlier.privacy.promises
         found += origins_of_run(
             origin.run_dir, earlier, result, own_model=own_model, private=private
         )
