@@ -67,7 +67,8 @@ def run_sweep(
     if as_json:
         print(json.dumps(done))
     elif done["results"]:
-        pooled, _ = results.tables(place, results.summary(place))
+        found = results.read(place)
+        pooled, _ = results.tables(results.summary(found), found.axes)
         # The screen leaves these columns to results.md.
         left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
         left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()

@@ -127,7 +127,7 @@ def run(
             if not failed:
                 shutil.rmtree(kept.parent, ignore_errors=True)
         finally:
-            results.write(out)
+            lines = results.write(out)
         if parent:
             tracking.end_sweep(tracked, parent, out / "results.csv")
     return {
@@ -137,7 +137,7 @@ def run(
         "done": len(left) - len(failed),
         "failed": {**damaged, **failed},
         "seconds": round(time.monotonic() - started, 1),
-        "results": finite(results.summary(out)),
+        "results": finite(lines),
     }
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,52 @@ JOINING_CAPTION = (
 )
 
 
+@dataclass(frozen=True)
+class Results:
+    """A sweep's manifest and what its cells wrote.
+
+    Attributes:
+        about: ``name``, ``command`` and ``cases``, each with ``arm``, ``axes``, ``seed`` and
+            ``cells`` (institution, or "" for all -> cell).
+        cells: Cell -> file -> content, of the cells whose result counts.
+    """
+
+    about: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes of the grid."""
+        return list(dict.fromkeys(axis for case in self.about["cases"] for axis in case["axes"]))
+
+    @property
+    def complete(self) -> list[dict[str, Any]]:
+        """The cases of which every cell counts."""
+        return [
+            case
+            for case in self.about["cases"]
+            if case["cells"] and all(cell in self.cells for cell in case["cells"].values())
+        ]
+
+    @property
+    def incomplete(self) -> int:
+        """The number of the other cases."""
+        return len(self.about["cases"]) - len(self.complete)
+
+
+def read(out: Path) -> Results:
+    """Read the manifest and the cells of a sweep's directory.
+
+    Raises:
+        InputError: If it has no manifest that can be read.
+    """
+    about = manifest(out)
+    names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
+    found = {name: contents(run_dir(out, name)) for name in names}
+    counted = {name: content for name, (content, unreadable) in found.items() if not unreadable}
+    return Results(about, counted)
+
+
 def run_dir(out: Path, cell: str) -> Path:
     """Return the run directory of a cell."""
     return out / "cells" / cell
@@ -99,23 +146,14 @@ def bytes_moved(records: Sequence[Mapping[str, Any]]) -> int:
     return sum(i["sent"] + i["received"] for r in records for i in r["institutions"].values())
 
 
-def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Measure one case with one seed; None while one of its cells is not complete.
+def measured(case: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Measure one complete case with one seed.
 
     For local arms, the metrics pool the rows of all institutions, each under its own adapter.
     """
-    found: list[dict[str, Any]] = []
-    drawn: list[float] = []
-    total_bytes = 0
-    for cell in case["cells"].values():
-        content, unreadable = contents(run_dir(out, cell))
-        if unreadable:
-            return None
-        found.append(content[RESULT])
-        total_bytes += bytes_moved(content[ROUNDS])
-        drawn.append(drawn_share(content[CONFIG]))
-    if not found:
-        return None
+    read = [cells[cell] for cell in case["cells"].values()]
+    found = [files[RESULT] for files in read]
+    total_bytes = sum(bytes_moved(files[ROUNDS]) for files in read)
     result = found[0] if "" in case["cells"] else metrics.pooled(found)
     kind = case["arm"].removesuffix("-dp")
     institutions: dict[str, float] = {}
@@ -133,7 +171,7 @@ def measured(out: Path, case: Mapping[str, Any]) -> dict[str, Any] | None:
         "bytes": total_bytes if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
         "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
-        "drawn": drawn[0],
+        "drawn": drawn_share(read[0][CONFIG]),
     }
 
 
@@ -159,17 +197,12 @@ def contents(directory: Path) -> tuple[dict[str, Any], str]:
     return found, ""
 
 
-def incomplete(out: Path) -> int:
-    """The number of a sweep's cases without a result that can be read."""
-    return sum(measured(out, case) is None for case in manifest(out)["cases"])
-
-
 def drawn_share(config: RunConfig) -> float:
     """The share of records that a run's seed draws as held-out rows; 0 of a separate test file."""
     return 0.0 if config.data.test_source else config.data.test_fraction
 
 
-def summary(out: Path) -> list[dict[str, Any]]:
+def summary(sweep: Results) -> list[dict[str, Any]]:
     """Aggregate a sweep's results over seeds.
 
     Returns:
@@ -192,10 +225,10 @@ def summary(out: Path) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     by_key: dict[str, dict[str, Any]] = {}
-    for case in manifest(out)["cases"]:
-        if (found := measured(out, case)) is not None:
-            groups.setdefault(case_key(case["arm"], case["axes"]), []).append((case, found))
-            by_key[case_key(case["arm"], case["axes"], case["seed"])] = found
+    for case in sweep.complete:
+        found = measured(case, sweep.cells)
+        groups.setdefault(case_key(case["arm"], case["axes"]), []).append((case, found))
+        by_key[case_key(case["arm"], case["axes"], case["seed"])] = found
     lines: list[dict[str, Any]] = []
     first: dict[str, Mapping[str, Any]] = {}
     for group in groups.values():
@@ -357,31 +390,32 @@ def gain_mean(
     return found | {f"{name}_ci95": half}
 
 
-def write(out: Path) -> None:
-    """Write ``results.csv``, ``results.parquet`` and ``results.md``.
+def write(out: Path) -> list[dict[str, Any]]:
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``, and return `summary`.
 
     While no case is complete, such files and a page are of an earlier grid, and are removed.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    lines = summary(out)
+    found = read(out)
+    lines = summary(found)
     if not lines:
         for name in ("results.csv", "results.parquet", "results.md", "report.html"):
             (out / name).unlink(missing_ok=True)
-        return
-    axes = {k for case in manifest(out)["cases"] for k in case["axes"]}
+        return []
     names = [n for n in dict.fromkeys(n for line in lines for n in line) if n not in GAIN_SEEDS]
     columns: dict[str, Any] = {}
     for name in names:
         values = [line.get(name) for line in lines]
-        columns[name] = _of_one_type(values) if name in axes else values
+        columns[name] = _of_one_type(values) if name in found.axes else values
     table = pa.table(columns)
     for file, save in (("results.csv", csv.write_csv), ("results.parquet", parquet.write_table)):
         sink = pa.BufferOutputStream()
         save(table, sink)
         write_atomic(out / file, sink.getvalue().to_pybytes())
-    write_atomic(out / "results.md", markdown(out, lines).encode())
+    write_atomic(out / "results.md", markdown(found, lines).encode())
+    return lines
 
 
 def _of_one_type(values: Sequence[Any]) -> list[Any]:
@@ -405,14 +439,13 @@ def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
 
 
 def tables(
-    out: Path, lines: Sequence[Mapping[str, Any]]
+    lines: Sequence[Mapping[str, Any]], axes: Sequence[str]
 ) -> tuple[list[list[str]], list[list[str]]]:
     """Return two tables as rows of text, heads first: all held-out rows, and by institution.
 
     Settings with the same runs share one row, under the first of them. Empty columns are left out.
     """
     lines = [line for line in lines if not line["same_as"]]
-    axes = list(dict.fromkeys(k for case in manifest(out)["cases"] for k in case["axes"]))
     own = [line for line in lines if line["institution"] == ALL]
     pooled = [
         [
@@ -484,12 +517,12 @@ def caption(lines: Sequence[Mapping[str, Any]]) -> str:
     return CAPTION + JOINING_CAPTION * any("not_compared" in line for line in lines)
 
 
-def markdown(out: Path, lines: Sequence[Mapping[str, Any]]) -> str:
+def markdown(sweep: Results, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of ``results.md``."""
-    pooled, each = tables(out, lines)
-    about = manifest(out)
+    pooled, each = tables(lines, sweep.axes)
+    about = sweep.about
     text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
-    if missing := incomplete(out):
+    if missing := sweep.incomplete:
         text += f"Not complete, and left out: {missing} of {len(about['cases'])} cases.\n\n"
     text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:

@@ -1,19 +1,19 @@
 """The page on a sweep: the cost of privacy, and each institution's gain."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import conclusion, figures, joining_page, results
 from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
-from experiments.results import ALL
+from experiments.results import ALL, Results
 from experiments.sweep import EPSILON
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, commit, read_run_file, void
+from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, commit, void
 from fedlora.sections import PrivacyConfig
 
 MAX_REASONS = 3
@@ -37,24 +37,23 @@ def of(out: Path) -> Page:
     Raises:
         InputError: If no case is complete.
     """
-    about, lines = results.manifest(out), results.summary(out)
+    sweep = results.read(out)
+    about, axes, lines = sweep.about, sweep.axes, results.summary(sweep)
     if not lines:
         raise InputError(
             f"no case of the sweep in {out} is complete; continue with `fedlora sweep ... --resume`"
         )
-    axes = list(dict.fromkeys(k for case in about["cases"] for k in case["axes"]))
     pooled = [line for line in lines if line["institution"] == ALL]
-    table, each = results.tables(out, lines)
-    configs = _configs(about, out)
+    table, each = results.tables(lines, axes)
+    configs: dict[str, RunConfig] = {name: files[CONFIG] for name, files in sweep.cells.items()}
     data_sets = _data_sets(axes, about, configs)
-    missing = sum(not _is_complete(case, configs) for case in about["cases"])
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
     generated = any(config.model.task == "sft" for config in configs.values())
     return Page(
         title=f"Sweep: {about['name']}",
         opening=[
-            *_void(out, about["cases"], configs),
+            *_void(sweep),
             conclusion.of(pooled, axes, data_sets),
             _dp([config.privacy for config in configs.values()]),
             Section(
@@ -63,7 +62,7 @@ def of(out: Path) -> Page:
                     arms,
                     axes,
                     seeds,
-                    missing,
+                    sweep.incomplete,
                     generated=generated,
                     as_many_steps=_as_many_steps(about, configs),
                 ),
@@ -83,7 +82,7 @@ def of(out: Path) -> Page:
                     *([Table(rows=each, title="By institution", folded=True)] if each[1:] else []),
                 ],
             ),
-            *_environment([results.run_dir(out, cell) for cell in configs]),
+            *_environment(list(sweep.cells.values())),
             Section(
                 title="How to repeat it",
                 text=f"{about['command']}\n\n{(out / 'sweep.toml').read_text(encoding='utf-8')}",
@@ -92,14 +91,10 @@ def of(out: Path) -> Page:
     )
 
 
-def _void(
-    out: Path, cases: Iterable[Mapping[str, Any]], configs: Mapping[str, RunConfig]
-) -> list[Section]:
+def _void(sweep: Results) -> list[Section]:
     """A section that names void results, which count below like others; none without any."""
-    counted = [case for case in cases if _is_complete(case, configs)]
-    cells = {cell for case in counted for cell in case["cells"].values()}
-    found = {cell: because for cell in cells
-             if (because := void(read_run_file(results.run_dir(out, cell))))}  # fmt: skip
+    counted = {cell for case in sweep.complete for cell in case["cells"].values()}
+    found = {cell: because for cell in counted if (because := void(sweep.cells[cell][RESULT]))}
     if not found:
         return []
     reasons = sorted({text for because in found.values() for text in because})
@@ -377,15 +372,6 @@ def _only_holdings(configs: Mapping[str, RunConfig], about: Mapping[str, Any]) -
     return all(len(found) <= 1 for found in others.values())
 
 
-def _configs(about: Mapping[str, Any], out: Path) -> dict[str, RunConfig]:
-    """Read the configuration of each complete cell whose result counts."""
-    names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
-    found = {name: results.contents(results.run_dir(out, name)) for name in names}
-    return {
-        name: content[CONFIG] for name, (content, unreadable) in found.items() if not unreadable
-    }
-
-
 def _as_many_steps(about: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:
     """Whether all arms that train take as many steps at each setting."""
     steps: dict[str, set[int]] = {}
@@ -422,10 +408,6 @@ def _files(config: RunConfig) -> tuple[str, ...]:
         str(Path(one).resolve()) if Path(one).is_absolute() else one
         for one in (config.data.source, config.data.test_source)
     )
-
-
-def _is_complete(case: Mapping[str, Any], configs: Mapping[str, RunConfig]) -> bool:
-    return bool(case["cells"]) and all(cell in configs for cell in case["cells"].values())
 
 
 def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
@@ -467,15 +449,15 @@ def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
     return Section(title="Privacy", note=note, words=words)
 
 
-def _environment(cells: Sequence[Path]) -> list[Section]:
-    found = [read_run_file(path, ENVIRONMENT) for path in cells]
+def _environment(cells: Sequence[Mapping[str, Any]]) -> list[Section]:
+    found = [files[ENVIRONMENT] for files in cells]
     shas = sorted({commit(one) or "unknown" for one in found})
     section = environment(found[-1])
     words: list[str] = []
     if len(shas) > 1:
         words.append(f"Cells ran at {len(shas)} commits: {', '.join(shas)}.")
     packages = dict.fromkeys(name for one in found for name in one["versions"])
-    dtypes = [read_run_file(path)["base"].get("dtype", "unknown") for path in cells]
+    dtypes = [files[RESULT]["base"].get("dtype", "unknown") for files in cells]
     of_cells: dict[str, list[Any]] = {
         **{name: [one[name] for one in found] for name in ("processor", "python")},
         **{name: [one["versions"].get(name) for one in found] for name in packages},

@@ -274,8 +274,11 @@ def _check_recorded(config: RunConfig) -> None:
             if not made_at_home(run_dir)}  # fmt: skip
     for earlier, _, result in followed:
         for origin in result.get("origins", []):
-            counted = origin["private"] and origin["source"] == source(earlier)
-            counted = counted and bool(_same_records(earlier.data.source, config.data.source))
+            counted = (
+                origin["private"]
+                and origin["source"] == source(earlier)
+                and _same_records(earlier.data.source, config.data.source)
+            )
             if origin["run"] in here or counted:
                 continue
             if same := _uncounted(config, origin):

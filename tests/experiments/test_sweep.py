@@ -61,6 +61,10 @@ def save_cell(folder, result, **values):
     (folder / "environment.json").write_text('{"git_sha": "f", "git_dirty": false}')
 
 
+def summary(out):
+    return results.summary(results.read(out))
+
+
 def test_arms_share_every_held_out_row(sweep_file):
     made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]")))
     by_seed: dict[int, set[str]] = {}
@@ -320,9 +324,9 @@ def test_runs_stand_once_in_the_tables(tmp_path):
     for cell in "bld":
         result = {"accuracy": 0.5, "institutions": {}, "epsilon_max": "inf", "seconds": 1.0}
         save_cell(results.run_dir(tmp_path, cell), result)
-    lines = results.summary(tmp_path)
+    lines = summary(tmp_path)
     assert [line["same_as"] for line in lines] == ["", "lora", "", ""]
-    pooled, _ = results.tables(tmp_path, lines)
+    pooled, _ = results.tables(lines, ["method"])
     assert [row[:2] for row in pooled[1:]] == [
         ["base", "lora"],
         ["federated", "lora"],
@@ -427,9 +431,7 @@ def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, data, shared):
             result |= {"epsilon_max": "inf", "seconds": 2.0}
             save_cell(results.run_dir(tmp_path, f"{arm}-{seed}"), result, **data)
     line = next(
-        x
-        for x in results.summary(tmp_path)
-        if (x["arm"], x["institution"]) == ("federated", results.ALL)
+        x for x in summary(tmp_path) if (x["arm"], x["institution"]) == ("federated", results.ALL)
     )
     assert line["accuracy"] == pytest.approx(0.8)
     # t(0.975, 2) = 4.303, s = 0.1, three seeds, and held-out over training records
@@ -468,7 +470,7 @@ def joined_sweep(out):
 
 def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
     out = joined_sweep(tmp_path / "sweep")
-    line = results.summary(out)[0]
+    line = summary(out)[0]
     assert set(line) == {*results.COLUMNS, *results.JOINING_COLUMNS, "holdings", "privacy.epsilon"}
     # alone is right on 16 and 14 of 22 rows, own on 20, shared on 11
     assert line["alone"] == pytest.approx(15 / 22) and line["own"] == pytest.approx(20 / 22)
@@ -477,9 +479,9 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
     half = 12.706 * math.sqrt(2) / 22 * math.sqrt(1 / 2 + 0.25)
     assert line["gain_ci95"] == pytest.approx(half, rel=1e-4)
     assert (line["institutions"], line["records"]) == (2, 60)  # 40 and 80 records
-    many = next(x for x in results.summary(out) if x["holdings"] == "many")
+    many = next(x for x in summary(out) if x["holdings"] == "many")
     assert (many["institutions"], many["records"]) == (4, 60)  # four train, two of them at home
-    beta = next(x for x in results.summary(out) if x["institution"] == "B")
+    beta = next(x for x in summary(out) if x["institution"] == "B")
     assert beta["gain"] == pytest.approx(5 / 22) and beta["records"] == 80
     results.write(out)
     with (out / "results.csv").open() as file:
@@ -501,7 +503,7 @@ def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
 def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
     """A cell whose institutions all failed at home has no gain; an institution may be missing."""
     out = joined_sweep(tmp_path / "sweep")
-    assert {line["seeds"] for line in results.summary(out)} == {2}
+    assert {line["seeds"] for line in summary(out)} == {2}
     about = results.manifest(out)
     file = results.run_dir(out, about["cases"][0]["cells"][""]) / "result.json"
     result = json.loads(file.read_text())
@@ -509,36 +511,36 @@ def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
     del result["institutions"]["B"]
     file.write_text(json.dumps(result))
     of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
-    lines = [x for x in results.summary(out) if of.items() <= x.items()]
+    lines = [x for x in summary(out) if of.items() <= x.items()]
     assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 1, "B": 1}
     result["joining"] = compared(["B"], better=6)
     file.write_text(json.dumps(result))
-    lines = [x for x in results.summary(out) if of.items() <= x.items()]
+    lines = [x for x in summary(out) if of.items() <= x.items()]
     assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 2, "A": 1, "B": 1}
 
 
 def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
     out = joined_sweep(tmp_path / "sweep")
-    assert "not compared" not in results.tables(out, results.summary(out))[0][0]
+    assert "not compared" not in results.tables(summary(out), [])[0][0]
     for cell in ("few-1", "few-2"):
         file = results.run_dir(out, cell) / "result.json"
         result = json.loads(file.read_text())
         result["joining"]["not_compared"] = {"C": "bad-configuration"}
         file.write_text(json.dumps(result))
-    lines = results.summary(out)
+    lines = summary(out)
     assert [x["not_compared"] for x in lines if x["institution"] == results.ALL] == [2, 0]
-    head, *rows = results.tables(out, lines)[0]
+    head, *rows = results.tables(lines, [])[0]
     assert [row[head.index("not compared")] for row in rows] == ["2", ""]
     result["joining"] = {"not_compared": {"A": "timeout", "B": "timeout"}}  # nothing is left
     for cell, counts in (("few-2", [3, 0]), ("few-1", [4, 0])):
         (results.run_dir(out, cell) / "result.json").write_text(json.dumps(result))
-        lines = [x for x in results.summary(out) if x["institution"] == results.ALL]
+        lines = [x for x in summary(out) if x["institution"] == results.ALL]
         assert [x["not_compared"] for x in lines] == counts
         assert ("gain" in lines[0]) == (cell == "few-2")
         said = conclusion.of(lines[:1], ["holdings"]).note
         assert said.startswith("At most one seed") == (cell == "few-2")
     assert "Not compared: institutions of all seeds" in results.caption(lines[:1])
-    one = results.summary(joined_sweep(tmp_path / "one"))[0]
+    one = summary(joined_sweep(tmp_path / "one"))[0]
     one |= {"not_compared": 1, "gain_ci95": None, "accuracy_ci95": None}  # one seed was run
     assert conclusion.of([one], ["holdings"]).note.startswith("One seed cannot show")
 
@@ -548,7 +550,7 @@ def test_institutions_that_train_together_are_counted_also_without_held_out_rows
     for cell in (out / "cells").iterdir():
         result = json.loads((cell / "result.json").read_text())
         (cell / "result.json").write_text(json.dumps(result | {"population": 10}))
-    assert results.summary(out)[0]["institutions"] == 10
+    assert summary(out)[0]["institutions"] == 10
 
 
 def save_sweep(out, cells):
@@ -572,7 +574,7 @@ def save_sweep(out, cells):
 def test_an_institution_named_all_keeps_its_figures(tmp_path):
     (name,) = file_names(["all"])
     result = {"accuracy": 0.75, "institutions": {name: 0.9, "B": 0.6}}
-    lines = results.summary(save_sweep(tmp_path / "sweep", {"federated": [result]}))
+    lines = summary(save_sweep(tmp_path / "sweep", {"federated": [result]}))
     assert [x["accuracy"] for x in lines] == [0.75, 0.6, 0.9]
     assert [x["institution"] for x in lines if x["institution"] != results.ALL] == ["B", "all"]
     assert file_names([results.ALL])[results.ALL] != results.ALL
@@ -583,7 +585,7 @@ def test_a_gain_in_exact_matches_is_not_one_against_an_accuracy(tmp_path):
     answers = {"token_loss": 1.0, "generated": 200}
     local = answers | {"exact_match": 0.4, "accuracy": 0.6, "macro_f1": 0.5}
     cells = {"local": [local] * 2, "federated": [answers | {"exact_match": 0.5}] * 2}
-    lines = results.summary(save_sweep(tmp_path / "sweep", cells))
+    lines = summary(save_sweep(tmp_path / "sweep", cells))
     assert [x["accuracy"] for x in lines] == [0.4, 0.5]
     assert lines[1]["gain_over_local"] == pytest.approx(0.1)
     for generated in (True, False):
@@ -634,7 +636,7 @@ def test_a_gain_counts_its_own_seeds_and_no_file_shows_them(tmp_path):
         for arm, seeds in (("local", 4), ("local-dp", 3), ("federated-dp", 4))
     }
     out = save_sweep(tmp_path / "sweep", cells)
-    line = next(x for x in results.summary(out) if x["arm"] == "federated-dp")
+    line = next(x for x in summary(out) if x["arm"] == "federated-dp")
     assert line["seeds"] == 3
     assert (line["gain_over_local_n"], line["gain_over_local_dp_n"]) == (4, 3)
     results.write(out)
@@ -653,7 +655,7 @@ def test_results_of_an_earlier_grid_go_when_no_case_of_the_new_one_is_complete(t
 
 
 def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
-    lines = [x for x in results.summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
+    lines = [x for x in summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
     pooled = [x for x in lines if x["institution"] == results.ALL]
     free = [x | {"arm": "federated", "privacy.epsilon": "inf"} for x in pooled]
     ((title, svg),) = joining_page.by_records([*free, *pooled], "privacy.epsilon", 8.0).items()
@@ -682,14 +684,14 @@ def test_seeds_that_agree_by_chance_are_no_surer_than_their_runs(tmp_path):
         result["joining"]["gain"] |= {"mean": 0.2, "low": 0.1, "high": 0.4}
         result["joining"]["institutions"]["A"] |= {"gain": 0.2, "low": 0.0, "high": 0.4}
         (place / "result.json").write_text(json.dumps(result))
-    everyone, alpha = results.summary(out)[:2]
+    everyone, alpha = summary(out)[:2]
     assert everyone["gain_ci95"] == pytest.approx(0.15 * math.sqrt(1 / 2 + 0.25))
     assert (alpha["institution"], alpha["gain"]) == ("A", pytest.approx(0.2))
     assert alpha["gain_ci95"] == pytest.approx(0.2 * math.sqrt(1 / 2 + 0.25))
     test_file = from_flat({"data.source": "/data/a.csv", "data.test-source": "/data/b.csv"})
     for cell in (out / "cells").iterdir():  # other rows are no part of it: one test file
         (cell / "config.toml").write_text(test_file.to_toml())
-    assert results.summary(out)[0]["gain_ci95"] == 0
+    assert summary(out)[0]["gain_ci95"] == 0
 
 
 @pytest.mark.parametrize(
@@ -708,14 +710,15 @@ def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key,
     for number, cell in enumerate(sorted((out / "cells").iterdir())):
         made = from_flat({"data.source": "/data/a.csv"}).replace({key: value} if number else {})
         (cell / "config.toml").write_text(made.to_toml())
-    pooled = [x for x in results.summary(out) if x["institution"] == results.ALL]
-    about = results.manifest(out)
-    section = sweep_page._joining(pooled, sweep_page._configs(about, out), about)
+    pooled = [x for x in summary(out) if x["institution"] == results.ALL]
+    found = results.read(out)
+    configs = {cell: files["config.toml"] for cell, files in found.cells.items()}
+    section = sweep_page._joining(pooled, configs, found.about)
     assert bool(section.figures) == drawn and section.words
 
 
 def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path):
-    pooled = results.summary(joined_sweep(tmp_path / "sweep"))
+    pooled = summary(joined_sweep(tmp_path / "sweep"))
     pooled = [x for x in pooled if x["institution"] == results.ALL]
     values = [(0.05, 0.04), (0.03, 0.04), (0.02, 0.03), (-0.04, 0.03)]
     assert pooled[0]["classes_with_few_texts"] == 1
@@ -891,7 +894,7 @@ def test_a_complete_cell_without_code_settings_or_rounds_counts_in_no_mean_and_i
     said = invoke("sweep", path, "--out", out, "--resume")
     assert said.exit_code == 1
     assert f"cell {cell} failed: its {file} cannot be read" in said.stderr
-    assert results.summary(out) == []
+    assert summary(out) == []
 
 
 def test_a_begun_cell_of_other_code_starts_anew(tmp_path):
