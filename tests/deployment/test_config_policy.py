@@ -116,6 +116,9 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (bad, "adapter.alpha", 9e-7, 10001.0),
         (followed, "adapter.dropout", 0.0, 5e-324, 0.99),
         (bad, "adapter.dropout", 0.991, 1 - 1e-16, 1.0),
+        (followed, "adapter.head", "auto", "zero"),
+        (bad, "adapter.head", "words", ""),
+        (bad, "adapter.head", "labels"),  # whose words the base's tokenizer does not know
         (followed, "adapter.target-modules", "query,key,value,dense", '["query"]'),
         (followed, "adapter.target-modules", json.dumps(["key"] * config_policy.MAX_MODULES)),
         (large, "adapter.target-modules", json.dumps(["key"] * (config_policy.MAX_MODULES + 1))),

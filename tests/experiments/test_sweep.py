@@ -863,7 +863,7 @@ def test_a_sweep_runs_its_arms_and_never_a_finished_cell_again(sweep_file, tmp_p
     found = json.loads(one.read_text())
     one.write_text(json.dumps(found | {"git_sha": "f" * 40, "git_dirty": False}))
     told = " ".join(invoke(*command[:-1], "--resume").output.split())
-    assert f"other code ({'f' * 12})" in told and "kept: remove" in told
+    assert f"other code (commit {'f' * 12}, and this is" in told and "kept: remove" in told
     assert again["results"] == said["results"]
 
 
