@@ -28,16 +28,16 @@ COLOURS = dict(re.findall(r"(--[\w-]+): (#\w+);", PAGE.read_text("utf-8").split(
 
 def of_sweep(out: Path) -> str:
     """The part on a sweep; its figures are written to files."""
-    found = results.read(out)
-    about = found.about
-    pooled, _ = results.tables(results.summary(found), found.axes)
+    sweep = results.read(out)
+    about = sweep.about
+    pooled, _ = results.tables(results.summary(sweep), sweep.axes)
     text = f"{results.markdown_table(pooled)}\n"
     for section in sweep_page.of(out).sections:
         for title, svg in section.figures.items():
             name = f"{about['name']}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.svg"
             write_atomic(PICTURES / name, standing_alone(svg).encode())
             text += f"\n![{title}](results/{name})\n"
-    if missing := found.incomplete:
+    if missing := sweep.missing:
         text += f"\n{missing} of {len(about['cases'])} cases have not run.\n"
     cells = [results.run_dir(out, c) for case in about["cases"] for c in case["cells"].values()]
     return f"{_command(about['command'])}\n\n{_where(dict.fromkeys(cells))}\n\n{text}"

@@ -71,7 +71,8 @@ class Results:
     Attributes:
         about: ``name``, ``command`` and ``cases``, each with ``arm``, ``axes``, ``seed`` and
             ``cells`` (institution, or "" for all -> cell).
-        cells: Cell -> file -> content, of the cells whose result counts.
+        cells: Cell -> file -> content, of the cells whose result counts; ``bytes`` moved instead of
+            the rounds.
     """
 
     about: dict[str, Any]
@@ -83,6 +84,11 @@ class Results:
         return list(dict.fromkeys(axis for case in self.about["cases"] for axis in case["axes"]))
 
     @property
+    def configs(self) -> dict[str, RunConfig]:
+        """Cell -> configuration."""
+        return {name: files[CONFIG] for name, files in self.cells.items()}
+
+    @property
     def complete(self) -> list[dict[str, Any]]:
         """The cases of which every cell counts."""
         return [
@@ -92,8 +98,8 @@ class Results:
         ]
 
     @property
-    def incomplete(self) -> int:
-        """The number of the other cases."""
+    def missing(self) -> int:
+        """The number of cases that are not complete."""
         return len(self.about["cases"]) - len(self.complete)
 
 
@@ -105,9 +111,13 @@ def read(out: Path) -> Results:
     """
     about = manifest(out)
     names = dict.fromkeys(cell for case in about["cases"] for cell in case["cells"].values())
-    found = {name: contents(run_dir(out, name)) for name in names}
-    counted = {name: content for name, (content, unreadable) in found.items() if not unreadable}
-    return Results(about, counted)
+    cells: dict[str, dict[str, Any]] = {}
+    for name in names:
+        files, unreadable = contents(run_dir(out, name))
+        if not unreadable:
+            files["bytes"] = bytes_moved(files.pop(ROUNDS))
+            cells[name] = files
+    return Results(about, cells)
 
 
 def run_dir(out: Path, cell: str) -> Path:
@@ -151,9 +161,8 @@ def measured(case: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) ->
 
     For local arms, the metrics pool the rows of all institutions, each under its own adapter.
     """
-    read = [cells[cell] for cell in case["cells"].values()]
-    found = [files[RESULT] for files in read]
-    total_bytes = sum(bytes_moved(files[ROUNDS]) for files in read)
+    of_cells = [cells[cell] for cell in case["cells"].values()]
+    found = [files[RESULT] for files in of_cells]
     result = found[0] if "" in case["cells"] else metrics.pooled(found)
     kind = case["arm"].removesuffix("-dp")
     institutions: dict[str, float] = {}
@@ -168,10 +177,10 @@ def measured(case: Mapping[str, Any], cells: Mapping[str, Mapping[str, Any]]) ->
         "epsilon": max(float(one["epsilon_max"]) for one in found),
         "delta": max((d for one in found if (d := one.get("delta")) is not None), default=None),
         "seconds": sum(one["seconds"] for one in found),
-        "bytes": total_bytes if kind in ("federated", "base") else 0,
+        "bytes": sum(files["bytes"] for files in of_cells) if kind in ("federated", "base") else 0,
         "joining": joining_verdict.comparison(found[0]),
         "not_compared": len(found[0].get("joining", {}).get("not_compared", {})),
-        "drawn": drawn_share(read[0][CONFIG]),
+        "drawn": drawn_share(of_cells[0][CONFIG]),
     }
 
 
@@ -184,14 +193,14 @@ def contents(directory: Path) -> tuple[dict[str, Any], str]:
         File -> content, and the file that cannot be read; that is empty if the result counts.
     """
     found: dict[str, Any] = {}
-    for file, read in (
+    for file, reader in (
         (RESULT, read_run_file),
         (ENVIRONMENT, lambda path: read_run_file(path, ENVIRONMENT)),
         (CONFIG, lambda path: load(path / CONFIG)),
         (ROUNDS, read_records),
     ):
         try:
-            found[file] = read(directory)
+            found[file] = reader(directory)
         except InputError:
             return found, file
     return found, ""
@@ -391,15 +400,15 @@ def gain_mean(
 
 
 def write(out: Path) -> list[dict[str, Any]]:
-    """Write ``results.csv``, ``results.parquet`` and ``results.md``, and return `summary`.
+    """Write ``results.csv``, ``results.parquet`` and ``results.md``; return the lines of `summary`.
 
     While no case is complete, such files and a page are of an earlier grid, and are removed.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    found = read(out)
-    lines = summary(found)
+    sweep = read(out)
+    axes, lines = sweep.axes, summary(sweep)
     if not lines:
         for name in ("results.csv", "results.parquet", "results.md", "report.html"):
             (out / name).unlink(missing_ok=True)
@@ -408,13 +417,13 @@ def write(out: Path) -> list[dict[str, Any]]:
     columns: dict[str, Any] = {}
     for name in names:
         values = [line.get(name) for line in lines]
-        columns[name] = _of_one_type(values) if name in found.axes else values
+        columns[name] = _of_one_type(values) if name in axes else values
     table = pa.table(columns)
     for file, save in (("results.csv", csv.write_csv), ("results.parquet", parquet.write_table)):
         sink = pa.BufferOutputStream()
         save(table, sink)
         write_atomic(out / file, sink.getvalue().to_pybytes())
-    write_atomic(out / "results.md", markdown(found, lines).encode())
+    write_atomic(out / "results.md", markdown(sweep, lines).encode())
     return lines
 
 
@@ -522,7 +531,7 @@ def markdown(sweep: Results, lines: Sequence[Mapping[str, Any]]) -> str:
     pooled, each = tables(lines, sweep.axes)
     about = sweep.about
     text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
-    if missing := sweep.incomplete:
+    if missing := sweep.missing:
         text += f"Not complete, and left out: {missing} of {len(about['cases'])} cases.\n\n"
     text += f"{markdown_table(pooled)}\n"
     if len(each) > 1:

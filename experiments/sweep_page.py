@@ -13,7 +13,7 @@ from experiments.sweep import EPSILON
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, commit, void
+from fedlora.run_files import ENVIRONMENT, RESULT, commit, void
 from fedlora.sections import PrivacyConfig
 
 MAX_REASONS = 3
@@ -45,7 +45,7 @@ def of(out: Path) -> Page:
         )
     pooled = [line for line in lines if line["institution"] == ALL]
     table, each = results.tables(lines, axes)
-    configs: dict[str, RunConfig] = {name: files[CONFIG] for name, files in sweep.cells.items()}
+    configs = sweep.configs
     data_sets = _data_sets(axes, about, configs)
     seeds = sorted({case["seed"] for case in about["cases"]})
     arms = list(dict.fromkeys(case["arm"] for case in about["cases"]))
@@ -62,7 +62,7 @@ def of(out: Path) -> Page:
                     arms,
                     axes,
                     seeds,
-                    sweep.incomplete,
+                    sweep.missing,
                     generated=generated,
                     as_many_steps=_as_many_steps(about, configs),
                 ),
@@ -251,7 +251,7 @@ def _settings(lines: Lines, axes: Sequence[str]) -> dict[str, str]:
     errors: dict[tuple[str, str], float] = {}
     others = [axis for axis in axes if axis != EPSILON]
     for line in lines:
-        if line["accuracy"] is None:
+        if line["accuracy"] is None or line["same_as"]:
             continue
         row = setting_of(line, others) or "accuracy"
         group = line["arm"]

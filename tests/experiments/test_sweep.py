@@ -310,7 +310,7 @@ def test_a_setting_that_does_not_change_an_arm_is_not_in_its_line_against_epsilo
     assert {name: [round(y, 2) for y in ys] for name, ys in drawn.items()} == expected
 
 
-def test_runs_stand_once_in_the_tables(tmp_path):
+def test_runs_stand_once_in_tables_and_bars(tmp_path, monkeypatch):
     cases = [
         {"arm": arm, "axes": {"method": method}, "seed": 1, "cells": {"": cell}}
         for arm, method, cell in (
@@ -332,6 +332,12 @@ def test_runs_stand_once_in_the_tables(tmp_path):
         ["federated", "lora"],
         ["federated", "dora"],
     ]
+    monkeypatch.setattr(sweep_page.figures, "bars", lambda _, __, groups, **___: groups)
+    (drawn,) = sweep_page._settings(lines, ["method"]).values()
+    assert {arm: list(rows) for arm, rows in drawn.items()} == {
+        "base": ["lora"],
+        "federated": ["lora", "dora"],
+    }
 
 
 def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
@@ -712,8 +718,7 @@ def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key,
         (cell / "config.toml").write_text(made.to_toml())
     pooled = [x for x in summary(out) if x["institution"] == results.ALL]
     found = results.read(out)
-    configs = {cell: files["config.toml"] for cell, files in found.cells.items()}
-    section = sweep_page._joining(pooled, configs, found.about)
+    section = sweep_page._joining(pooled, found.configs, found.about)
     assert bool(section.figures) == drawn and section.words
 
 
