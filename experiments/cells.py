@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -46,6 +47,8 @@ from simulation.run import check_engine
 Engine = Literal["auto", "ray", "inline"]
 Execute = Callable[[list[str]], None]
 LOCK = ".lock"
+KEY = "cells.key"
+"""The key of the names of a sweep's cells, readable by its owner only."""
 DROPPED = ".dropped"
 """Where a begun cell of other code is while it is removed."""
 ALONE_MODELS = "alone-models"
@@ -89,10 +92,11 @@ def run(
         check_engine("ray")
     cases = sweep.read(path)
     _check_place(out, resume)
+    key = _key(out)
     if not yes and len(cases) > sweep.MAX_CELLS:
-        sweep.check_size(len(cases), _guess(cases))
+        sweep.check_size(len(cases), _guess(cases, key))
     with console.status(f"splitting records for {len(cases)} cases"):
-        made, needed = sweep.cells(cases)
+        made, needed = sweep.cells(cases, key)
     if not yes:
         sweep.check_size(len(made), sum(cell.cost for cell in made.values()))
     tracked = next((case.config for case in cases if case.config.tracking.mlflow), cases[0].config)
@@ -100,6 +104,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out, console) as lock:
         _check_place(out, resume)  # another sweep may have come here first
+        _keep_key(out, key)
+
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         before = set(made) - {cell.name for cell in left}
@@ -179,13 +185,13 @@ def _other_codes(out: Path, cells: Iterable[str]) -> set[str]:
     return {said for one in found if (said := other_code(one))}
 
 
-def _guess(cases: Sequence[Case]) -> float:
+def _guess(cases: Sequence[Case], key: str) -> float:
     """Guess the seconds of all cases from the cost of each arm's first case."""
     first: dict[str, Case] = {}
     for case in cases:
         first.setdefault(case.arm, case)
     seconds = {
-        arm: sum(cell.cost for cell in sweep.cells([case])[0].values())
+        arm: sum(cell.cost for cell in sweep.cells([case], key)[0].values())
         for arm, case in first.items()
     }
     return sum(seconds[case.arm] for case in cases)
@@ -197,12 +203,37 @@ def _check_place(out: Path, resume: bool) -> None:
             raise InputError(
                 f"{out} holds a sweep; continue it with --resume, or give another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
+    elif out.exists() and (
+        not out.is_dir() or any(p.name not in (LOCK, KEY) for p in out.iterdir())
+    ):
         raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
     try:
         existing_parent(out)
     except OSError as error:
         raise InputError(f"{error}; give another --out") from None
+
+
+def _key(out: Path) -> str:
+    """The key of the names of the sweep's cells; of a new sweep a new one, see `_keep_key`."""
+    if not (out / results.MANIFEST).exists() and not (out / KEY).exists():
+        return secrets.token_hex(32)
+    try:
+        key = (out / KEY).read_text(encoding="utf-8").strip()
+        if len(bytes.fromhex(key)) != 32:
+            raise ValueError("it is no key")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the names of the cells in {out} need its {KEY}, which cannot be read ({error}); put "
+            "it back, or give another --out (a sweep of an earlier fedlora has none)"
+        ) from None
+    return key
+
+
+def _keep_key(out: Path, key: str) -> None:
+    if not (out / KEY).exists():
+        write_atomic(out / KEY, f"{key}\n".encode(), mode=0o600)
+    elif _key(out) != key:
+        raise InputError(f"another sweep began in {out} meanwhile; start this one again")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ MEANINGS = (
 STAYS = (
     "Alone and own have no differential privacy: such a model may reveal records, so it stays at "
     "its institution and must not be passed on. What this page says of privacy is said of the "
-    "shared adapter only."
+    "shared adapter only, not of these models and their figures."
 )
 PRIVATE = (
     "Alone has no differential privacy: such a model may reveal records, so it stays at its "
@@ -37,12 +37,13 @@ PRIVATE = (
     "differential privacy of their own, with epsilon {epsilon:g} on top of the run's: each card "
     "states the promise of that training, and each ledger was charged for it. They took all steps, "
     "and no record chose a setting for them. What this page says of privacy elsewhere is said of "
-    "the shared adapter only."
+    "the shared adapter only, not of these models and their figures."
 )
 SEEDED = (
     "Alone has no differential privacy, and the noise of own models came from a seed, which "
     "protects nobody: both may reveal records, so they stay at their institution and must not be "
-    "passed on. What this page says of privacy is said of the shared adapter only."
+    "passed on. What this page says of privacy is said of the shared adapter only, not of these "
+    "models and their figures."
 )
 CHOICES = (
     "The number of training steps of the model alone, which an own model without differential "

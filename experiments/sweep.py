@@ -8,7 +8,6 @@ docs/experiments.md.
 """
 
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ from fedlora.budget import rate_of
 from fedlora.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
 from fedlora.errors import InputError
 from fedlora.files import expanded
+from server import binding
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
 KEYS = ("base", "set", "grid", "arms")
@@ -77,7 +77,8 @@ class Cell:
     """One run of a sweep.
 
     Args:
-        name: The name of its directory, made from configuration, records and base weights.
+        name: The name of its directory, made from configuration, records and base weights
+            by the sweep's key.
         config: The run.
         institutions: The number of institutions.
         cost: A guess of the run's seconds.
@@ -329,11 +330,16 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     return config.replace({"data.view": "pooled"}) if kind == "central" else config
 
 
-def cells(cases: Sequence[Case]) -> tuple[dict[str, Cell], list[dict[str, str]]]:
+def cells(cases: Sequence[Case], key: str) -> tuple[dict[str, Cell], list[dict[str, str]]]:
     """Return the runs of all cases, and the names of each case's runs.
 
     Reads, splits and caches the records of every seed and partition, so that bad records are
     refused before the first run.
+
+    Args:
+        cases: The sweep's cases.
+        key: The key of their names (hex): a plain digest would let anyone who knows all records but
+            one try out the last, and a run's name goes out with its model card.
 
     Returns:
         Name -> cell, and a list of institution -> name of a cell; the institution is "" where all
@@ -345,7 +351,7 @@ def cells(cases: Sequence[Case]) -> tuple[dict[str, Cell], list[dict[str, str]]]
     for index in order:
         case = cases[index]
         for institution, config in _runs(case):
-            cell = _cell(case.arm, institution, config)
+            cell = _cell(case.arm, institution, config, key)
             needed[index][institution] = cell.name
             made.setdefault(cell.name, cell)
     return made, needed
@@ -371,7 +377,7 @@ def _runs(case: Case) -> list[tuple[str, RunConfig]]:
     ]
 
 
-def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
+def _cell(arm: str, institution: str, config: RunConfig, key: str) -> Cell:
     seen = records.load(config)
     training, rounds = config.training, config.federation.rounds
     step = (
@@ -396,7 +402,7 @@ def _cell(arm: str, institution: str, config: RunConfig) -> Cell:
         inputs.append(model_files.digest(tuple(sorted(files))))
     if config.plug_ins:  # their code may change under one name
         inputs.append(json.dumps(plugins.describe(config.plug_ins)))
-    digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
+    digest = binding.keyed(key, "\n".join(inputs))
     budget = f"-epsilon-{config.privacy.epsilon:g}" if config.privacy.enabled else ""
     parts = [arm.removesuffix("-dp"), *([institution] if institution else [])]
     name = f"{'-'.join(parts)}{budget}-seed-{config.seed}-{digest[:12]}"

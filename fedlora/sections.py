@@ -684,7 +684,8 @@ class TrackingConfig(Section):
     """Trackers that get copies of each round's figures, those of rounds.jsonl and no others.
 
     MLflow also gets a finished run's adapter, privacy.json and report. The report of a simulation
-    has exact numbers of training records, which no DP covers.
+    has exact numbers of training records and what follows from models at home, which no DP
+    covers.
     """
 
     prefix = "tracking."

@@ -30,6 +30,7 @@ from fedlora.terminal import Terminal
 from tests.samples import compared
 
 runner = CliRunner()
+KEY = "5a" * 32
 ALL_ARMS = (
     'arms = ["base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp"]'
 )
@@ -66,7 +67,7 @@ def summary(out):
 
 
 def test_arms_share_every_held_out_row(sweep_file):
-    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]")))
+    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1, 2]")), KEY)
     by_seed: dict[int, set[str]] = {}
     for case in needed:
         rows, seed = [], 0
@@ -82,7 +83,7 @@ def test_arms_share_every_held_out_row(sweep_file):
 
 
 def test_arms_train_on_the_same_rows_in_different_hands(sweep_file):
-    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]")))
+    made, needed = sweep.cells(sweep.read(sweep_file(f"{ALL_ARMS}\n[grid]\nseed = [1]")), KEY)
 
     def rows(names):
         return sorted(
@@ -201,26 +202,70 @@ def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypat
         code = f"def mean(this_round, updates):\n    return {version}\n"
         (tmp_path / "own_rule.py").write_text(code)
         sys.modules.pop("own_rule", None)  # as in another process
-        made, _ = sweep.cells(sweep.read(path))
+        made, _ = sweep.cells(sweep.read(path), KEY)
         names += made
     assert len(set(names)) == 2
 
 
 def test_a_base_that_looks_at_one_institution_does_not_narrow_arms(sweep_file):
     text = f"{ALL_ARMS}\n[grid]\nseed = [1]"
-    narrow = sweep.cells(sweep.read(sweep_file(text, **{"data.view": "only:Alpha"})))
-    assert narrow == sweep.cells(sweep.read(sweep_file(text)))
+    narrow = sweep.cells(sweep.read(sweep_file(text, **{"data.view": "only:Alpha"})), KEY)
+    assert narrow == sweep.cells(sweep.read(sweep_file(text)), KEY)
 
 
 def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
     mine = tmp_path / "mine.csv"
     mine.write_text(complaints.read_text())
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"data.source": str(mine)})
-    before, _ = sweep.cells(sweep.read(path))
+    before, _ = sweep.cells(sweep.read(path), KEY)
     mine.write_text(complaints.read_text().replace("Alpha", "Omega"))  # the same rows elsewhere
     records.forget()  # as another process would
-    after, _ = sweep.cells(sweep.read(path))
+    after, _ = sweep.cells(sweep.read(path), KEY)
     assert len(before) == len(after) == 1 and set(before) != set(after)
+
+
+def test_the_name_of_a_cell_says_nothing_of_records_without_the_key_of_the_sweep(
+    sweep_file, tmp_path
+):
+    """A model card has it: a digest of records would let others try out the last record."""
+    path = sweep_file('arms = ["base"]\n[grid]\nseed = [1]')
+    for name in ("one", "two"):
+        assert invoke("sweep", path, "--out", tmp_path / name, "--engine", "inline").exit_code == 0
+    (one,), (two,) = (
+        [cell.name for cell in (tmp_path / name / "cells").iterdir()] for name in ("one", "two")
+    )
+    assert one[:-12] == two[:-12] and one != two
+    key = tmp_path / "one" / cells.KEY
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert one in sweep.cells(sweep.read(path), key.read_text().strip())[0]
+
+
+@pytest.mark.parametrize("key", [None, "", "5a", "no key"])
+def test_a_sweep_whose_key_is_missing_or_damaged_is_not_continued(sweep_file, tmp_path, key):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+    out.mkdir()
+    (out / results.MANIFEST).write_text("{}")
+    if key is not None:
+        (out / cells.KEY).write_text(key)
+    said = invoke("sweep", path, "--out", out, "--resume")
+    assert said.exit_code == 2 and cells.KEY in said.stderr and "another --out" in said.stderr
+    assert (out / results.MANIFEST).read_text() == "{}"
+
+
+def test_a_sweep_that_another_one_began_meanwhile_is_not_mixed_with_it(
+    sweep_file, tmp_path, monkeypatch
+):
+    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
+
+    def meanwhile(*_):
+        out.mkdir()
+        (out / cells.KEY).write_text(KEY)
+        return ""
+
+    monkeypatch.setattr(cells.tracking, "begin_sweep", meanwhile)
+    said = invoke("sweep", path, "--out", out, "--resume")
+    assert said.exit_code == 2 and "another sweep began" in " ".join(said.stderr.split())
+    assert not (out / results.MANIFEST).exists()
 
 
 def test_another_adapter_to_start_from_is_another_cell(sweep_file, tmp_path):
@@ -236,7 +281,7 @@ def test_another_adapter_to_start_from_is_another_cell(sweep_file, tmp_path):
         cases = sweep.read(path)
         link.unlink()
         link.symlink_to(runs / "two")  # a run that began meanwhile
-        return sweep.cells(cases)[0]
+        return sweep.cells(cases, KEY)[0]
 
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]', **{"adapter.start": str(link)})
     (before,) = found().values()
@@ -248,9 +293,9 @@ def test_another_adapter_to_start_from_is_another_cell(sweep_file, tmp_path):
 
 def test_another_tokenizer_is_another_cell(sweep_file, monkeypatch):
     path = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]')
-    before, _ = sweep.cells(sweep.read(path))
+    before, _ = sweep.cells(sweep.read(path), KEY)
     monkeypatch.setattr(records, "encoding", lambda config: "another")
-    assert sweep.cells(sweep.read(path))[0].keys().isdisjoint(before)
+    assert sweep.cells(sweep.read(path), KEY)[0].keys().isdisjoint(before)
 
 
 @pytest.mark.parametrize(
@@ -341,9 +386,9 @@ def test_runs_stand_once_in_tables_and_bars(tmp_path, monkeypatch):
 
 
 def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
-    one, _ = sweep.cells(sweep.read(sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]')))
+    one, _ = sweep.cells(sweep.read(sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]')), KEY)
     text = 'arms = ["federated"]\n[grid]\nseed = [2, 1]\nengine.workers = [2]'
-    other, _ = sweep.cells(sweep.read(sweep_file(text)))
+    other, _ = sweep.cells(sweep.read(sweep_file(text)), KEY)
     assert set(one) == set(other) and len(one) == 2
 
 
@@ -792,7 +837,7 @@ def test_the_best_of_several_settings_has_a_wider_interval(settings, gain, start
 def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
     text = f"{ALL_ARMS}\n[grid]\nseed = [1]\nhome.steps = [8, 16]"
     cases = sweep.read(sweep_file(text, **{"home.method": "interpolate"}))
-    made, needed = sweep.cells(cases)
+    made, needed = sweep.cells(cases, KEY)
     for case, names in zip(cases, needed, strict=True):
         home = "interpolate" if case.arm.startswith("federated") else "none"
         assert {made[name].config.home.method for name in names.values()} == {home}
@@ -814,7 +859,7 @@ privacy.epsilon = [1.0, 8.0]
 
 def test_only_a_federation_under_dp_has_a_trust(sweep_file):
     cases = sweep.read(sweep_file(TRUST))
-    made, needed = sweep.cells(cases)
+    made, needed = sweep.cells(cases, KEY)
     shared = {case.arm for case in cases if case.config.privacy.shares_noise}
     assert shared == {"federated-dp"}
     cells = [
@@ -876,10 +921,11 @@ def test_a_cell_whose_results_cannot_be_read_is_named_and_the_exit_code_tells_it
     sweep_file, tmp_path
 ):
     path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
-    (cell,) = sweep.cells(sweep.read(path))[0]
+    (cell,) = sweep.cells(sweep.read(path), KEY)[0]
     directory = results.run_dir(out, cell)
     directory.mkdir(parents=True)
     (out / results.MANIFEST).write_text('{"name": "sweep", "command": "", "cases": []}')
+    (out / cells.KEY).write_text(KEY)
     (directory / "result.json").write_text("{")
     (directory / "environment.json").write_text('{"git_sha": "f", "git_dirty": false}')
     said = invoke("sweep", path, "--out", out, "--resume")
@@ -892,10 +938,11 @@ def test_a_complete_cell_without_code_settings_or_rounds_counts_in_no_mean_and_i
     sweep_file, tmp_path, file
 ):
     path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
-    (cell,) = sweep.cells(sweep.read(path))[0]
+    (cell,) = sweep.cells(sweep.read(path), KEY)[0]
     save_cell(results.run_dir(out, cell), {"accuracy": 1.0})
     (results.run_dir(out, cell) / file).write_text("{\n")
     (out / results.MANIFEST).write_text('{"name": "sweep", "command": "", "cases": []}')
+    (out / cells.KEY).write_text(KEY)
     said = invoke("sweep", path, "--out", out, "--resume")
     assert said.exit_code == 1
     assert f"cell {cell} failed: its {file} cannot be read" in said.stderr
