@@ -23,7 +23,9 @@ def home(
         Path | None,
         typer.Option(help="A released adapter from the operator, if none arrived at this node."),
     ] = None,
-    method: Annotated[str, typer.Option(help="As home.method; wins over the run's.")] = "",
+    method: Annotated[
+        str, typer.Option(help="As home.method; wins over the run's. Not with --epsilon.")
+    ] = "",
     steps: Annotated[
         int | None, typer.Option(help="The most steps at home; wins over the run's home.steps.")
     ] = None,

@@ -12,6 +12,7 @@ from client.cohort import answer, attempt
 from client.home_models import Choice, Home, HomeModels, PrivateOwn, Setting
 from client.institution import Institution
 from fedlora import processors, records, trainable
+from fedlora.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
@@ -160,16 +161,36 @@ def _private_call(member: Member) -> tuple[Institution, TrainOrder]:
         work = trainable.load(institution.config, labels)
     order = private_home.order_at_home(config, member.run, work.base.digest, shared)
     private = dataclasses.replace(institution, config=config, rank=config.adapter.rank)
-    with private.plan_round(private.accept(order)) as planned:
+    try:
+        planning = private.plan_round(private.accept(order))
+    except Refusal as refusal:
+        raise _of_own_model(refusal, config) from None
+    with planning as planned:
         ledger = planned.ledger
         if not ledger.fits(planned.plan.events, order.run):
             raise Refusal(
                 "budget-exhausted",
                 f"the ledger allows epsilon {ledger.max_epsilon:g} at delta {ledger.delta:g}; "
                 f"{ledger.spent():.4g} is spent, and an own model at epsilon "
-                f"{config.privacy.epsilon:g} does not fit beside it",
+                f"{config.privacy.epsilon:g} does not fit beside it; lower home.epsilon "
+                "(--epsilon), or train without it",
             )
     return private, order
+
+
+def _of_own_model(refusal: Refusal, config: RunConfig) -> Refusal:
+    """A refusal of an own model's plan, with what the institution can do: the run is over."""
+    remedies = {
+        "delta-too-large": "its delta is the ledger's; raise max-delta, or train without DP",
+        "epsilon-too-large": "lower home.epsilon (--epsilon), or raise max-run-epsilon",
+    }
+    if refusal.code not in remedies:
+        return refusal
+    return Refusal(
+        refusal.code,
+        f"an own model at epsilon {config.privacy.epsilon:g} and delta {config.privacy.delta:g} is "
+        f"beyond this institution's limits: {remedies[refusal.code]}",
+    )
 
 
 _Made = TypeVar("_Made")

@@ -150,7 +150,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             say(f"own: {config.home.steps} steps at epsilon {config.home.epsilon:g}")
         plain = "alone" if config.home.private else "alone and own"
         if len(train_rows) >= HOME_CHOOSES_FROM:
-            steps = f"at most {config.home.steps} steps on four fifths of the records, then on all"
+            steps = f"up to {config.home.steps} steps on four fifths of the records, then on all"
         else:
             steps = f"{config.home.steps_without_choice} steps"
         say(f"{plain}: {steps}")
@@ -177,7 +177,11 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             "gain": {key: compared["gain"][key] for key in ("mean", "low", "high", "texts")},
             "gain_shared": compared["gain_shared"],
             "gain_macro_f1": compared["gain_macro_f1"],
-            "choices": {**rows.choice, "method": config.home.method, "steps": config.home.steps},
+            "choices": {
+                **rows.choice,
+                **({} if config.home.private else {"method": config.home.method}),
+                "steps": config.home.steps,
+            },
             "privacy": models.private and finite(dataclasses.asdict(models.private.privacy)),
             "base": {
                 "digest": work.base.digest,
@@ -315,6 +319,11 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
             "end of a run"
         )
     if choices.epsilon < math.inf:
+        if choices.method:
+            raise InputError(
+                f"--method is {choices.method!r}, but with --epsilon an own model is trained by "
+                "steps of DP-SGD from the shared one, whatever the method; leave one of them out"
+            )
         if not own.test_source:
             raise InputError(
                 "--epsilon needs a test-source in the settings: the ledger belongs to all records, "

@@ -4,9 +4,13 @@ The round is planned, charged, trained and stored as every round is (`client.ins
 """
 
 import math
+from collections.abc import Sequence
 
+from fedlora import accounting
 from fedlora.adapters import AdapterState
+from fedlora.budget import delta_of, plan_run
 from fedlora.config import UNRELEASED, RunConfig
+from fedlora.errors import InputError
 from fedlora.messages import TrainOrder
 
 
@@ -46,6 +50,35 @@ def config_at_home(
             "federation.residual-rank": residual_rank,
         }
     )
+
+
+def check_plans(config: RunConfig, units: Sequence[int]) -> None:
+    """Refuse a simulation whose own models under DP cannot be planned.
+
+    Without this the institutions that train at home would refuse the run, and the others go on.
+
+    Args:
+        config: The run.
+        units: The number of units of each institution.
+
+    Raises:
+        InputError: Naming ``home.epsilon``.
+    """
+    if not config.home.private:
+        return
+    for i in config.at_home(len(units)):
+        at_home = config_at_home(
+            config,
+            delta=delta_of(config.privacy, units[i]),
+            accountant=config.privacy.accountant,
+        )
+        try:
+            plan_run(at_home, accounting.public_size(units[i]), 1)
+        except InputError as error:
+            raise InputError(
+                f"home.epsilon is {config.home.epsilon:g}, for which no own model can be planned "
+                f"({error}); raise it, or set it to inf"
+            ) from None
 
 
 def order_at_home(config: RunConfig, run: str, base: str, shared: AdapterState) -> TrainOrder:

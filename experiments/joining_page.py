@@ -93,8 +93,8 @@ def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
     """
     if "joining" not in result:
         return []
-    failed = joining_verdict.with_codes(result["joining"].get("not_compared", {}))
-    missing = [f"Not compared, because the reply was refused: {failed}."] if failed else []
+    failed = joining_verdict.not_compared(result["joining"])
+    missing = [f"Not compared: {failed}."] if failed else []
     joining = joining_verdict.comparison(result)
     if joining is None:
         return [Section(title=TITLE, note="No institution was compared.", bad=True, words=missing)]

@@ -432,8 +432,7 @@ def uncovered(run: Run) -> Section:
             "The numbers of training records in this report are exact, which the promise would not "
             "allow to release: keep the report where the records may be known."
         )
-    joining = joining_verdict.comparison(run.result)
-    if joining is not None:
+    if "joining" in run.result:
         points.append(joining_page.home_promise(run.config))
     if said := said_of_origins(run.result).replace("`", "").strip():
         points.append(said)

@@ -19,6 +19,7 @@ from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
 
 MANIFEST = "cells.json"
+OWN_EPSILON = "home.epsilon"
 GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
 """Columns that no file has: the number of seeds behind each gain."""
 COLUMNS = (
@@ -271,8 +272,9 @@ def _line(
 ) -> dict[str, Any]:
     gains: dict[str, list[float]] = {"local": [], "local-dp": []}
     for case, found in group:
-        free = {k: "inf" if k == "privacy.epsilon" else v for k, v in case["axes"].items()}
-        for arm, axes in (("local", free), ("local-dp", case["axes"])):
+        by_itself = {k: "inf" if k == OWN_EPSILON else v for k, v in case["axes"].items()}
+        free = {k: "inf" if k == "privacy.epsilon" else v for k, v in by_itself.items()}
+        for arm, axes in (("local", free), ("local-dp", by_itself)):
             other = by_key.get(case_key(arm, axes, case["seed"]))
             comparable = arm == "local" or case["arm"].endswith("-dp")
             if other is not None and comparable and arm != case["arm"]:

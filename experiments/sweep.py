@@ -63,7 +63,8 @@ class Case:
 
     Args:
         arm: One of `ARMS`.
-        axes: The grid's values without the seed; ``privacy.epsilon`` is inf without DP.
+        axes: The grid's values without the seed; ``privacy.epsilon`` and ``home.epsilon`` are inf
+            in arms where they are not spent.
         config: The run. For local arms, the template of each institution's own run.
     """
 
@@ -113,8 +114,9 @@ def read(path: Path) -> list[Case]:
             config = _in_arm(arm, base, {**values, **own[arm]})
             if arm.endswith("-dp") and not config.privacy.enabled:
                 continue  # this would be the arm without DP
-            epsilon = {EPSILON: config.privacy.epsilon} if EPSILON in labels else {}
-            case = Case(arm=arm, axes=labels | epsilon, config=config)
+            ran = {EPSILON: config.privacy.epsilon, results.OWN_EPSILON: config.home.epsilon}
+            budgets = {key: value for key, value in ran.items() if key in labels}
+            case = Case(arm=arm, axes=labels | budgets, config=config)
             cases.setdefault(results.case_key(arm, case.axes, config.seed), case)
     for arm in arms:
         if arm not in {case.arm for case in cases.values()}:
@@ -190,11 +192,17 @@ def _overrides(
             raise InputError(f"[set.{arm}] exists, but arms has no {arm!r}; drop it or add it")
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
-        if EPSILON in values and not arm.endswith("-dp"):
-            raise InputError(
-                f"[set.{arm}] has {EPSILON}, but the arm is without DP; drop it, or name the arm "
-                f"{arm}-dp"
-            )
+        for key in values:
+            if key in (EPSILON, results.OWN_EPSILON) and not arm.endswith("-dp"):
+                raise InputError(
+                    f"[set.{arm}] has {key}, but the arm is without DP; drop it, or name the arm "
+                    f"{arm}-dp"
+                )
+            if key.startswith("home.") and not arm.startswith("federated"):
+                raise InputError(
+                    f"[set.{arm}] has {key}, but only federated arms train models at home; drop "
+                    "it, or move it to [set]"
+                )
         for key in values:
             if key.startswith(SPLIT_KEYS):
                 other = next((name for name in arms if name != arm), arm)
@@ -309,7 +317,7 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     everything = {**base, **values}
     free: dict[str, Any] = {}
     if kind == arm or float(everything.get(EPSILON, PrivacyConfig.epsilon)) == math.inf:
-        budgets = (EPSILON, "privacy.institution-epsilon", "home.epsilon")
+        budgets = (EPSILON, "privacy.institution-epsilon", results.OWN_EPSILON)
         free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":
             free["federation.weighting"] = "public-size"

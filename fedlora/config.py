@@ -140,7 +140,8 @@ class RunConfig(Section):
     @property
     def planned_epsilon(self) -> float:
         """The epsilon that a simulation spends at an institution: the run's and its own model's."""
-        return self.privacy.epsilon + (self.home.epsilon if self.home.private else 0.0)
+        trains = self.home.private and self.data.view == "all"  # one institution has no home
+        return self.privacy.epsilon + (self.home.epsilon if trains else 0.0)
 
     @property
     def paid_size_noise(self) -> float:

@@ -8,6 +8,8 @@ MODELS = ("alone", "shared", "own")
 """The models of an institution, as keys of ``joining``."""
 MAX_SCARCE_RECORDS = 5
 """A class is scarce at an institution with at most so many training records of it."""
+NO_ROWS = "no-held-out-rows"
+"""Why an institution was not compared although it answered."""
 MIN_TEXTS = 10
 """A gain has an interval, and an institution may count as gaining or losing, with at least so many
 different held-out texts. With fewer the bootstrap's interval is too narrow: of five texts, one gain
@@ -90,13 +92,22 @@ def compared(joining: Mapping[str, Any], institutions: int) -> str:
         joining: A comparison.
         institutions: The number of institutions in the run.
     """
-    counted, failed = len(joining["institutions"]), len(joining.get("not_compared", {}))
+    counted, missing = len(joining["institutions"]), [*joining.get("not_compared", {}).values()]
     if counted == institutions:
         return ""
     said = f"Compared were {counted} of {institutions} institutions"
-    if failed:
+    if without := missing.count(NO_ROWS):
+        said += f"; {without} {'have' if without > 1 else 'has'} no held-out rows"
+    if failed := len(missing) - without:
         said += f"; {failed} {'replies were' if failed > 1 else 'reply was'} refused"
     return f"{said}."
+
+
+def not_compared(joining: Mapping[str, Any]) -> str:
+    """The institutions whose models at home were not compared, each with the reason."""
+    missing = joining.get("not_compared", {})
+    refused = set(missing.values()) - {NO_ROWS}
+    return with_codes(missing) + "; institutions.log has the reasons" * bool(refused)
 
 
 def with_codes(refused: Mapping[str, str]) -> str:

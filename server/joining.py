@@ -16,6 +16,7 @@ from fedlora.budget import rate_of
 from fedlora.comparison import Rows, summary, text_numbers
 from fedlora.config import RunConfig
 from fedlora.errors import Refusal
+from fedlora.joining_verdict import NO_ROWS
 from fedlora.messages import EvaluateOrder, Evaluation
 from server.answers import ask
 from server.population import Population
@@ -38,8 +39,9 @@ def measure(
         population: The institutions and their held-out rows.
 
     Returns:
-        As `fedlora.comparison.summary`, with ``method`` and ``seconds``; ``epsilon`` if own models
-        were trained under DP; ``not_compared`` (institution -> reason) if a reply was refused.
+        As `fedlora.comparison.summary`, with ``seconds``, and ``method``, or ``epsilon`` if own
+        models were trained under DP; ``not_compared`` (institution -> reason) if a reply was
+        refused or an institution has no held-out rows.
     """
     started = time.monotonic()
     assert population.held_out is not None
@@ -56,10 +58,14 @@ def measure(
         rows=len(population.held_out),
     )
     found = {name: rows for name, rows in answers.items() if len(rows.truth)}
+    failed |= dict.fromkeys(sorted(answers.keys() - found.keys()), NO_ROWS)
     return {
         **summary(found, population.labels),
-        "method": config.home.method,
-        **({"epsilon": config.home.epsilon} if config.home.private else {}),
+        **(
+            {"epsilon": config.home.epsilon}
+            if config.home.private
+            else {"method": config.home.method}
+        ),
         "seconds": round(time.monotonic() - started, 2),
         **({"not_compared": failed} if failed else {}),
     }

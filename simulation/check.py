@@ -55,6 +55,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         )
     records = prepare(config)
     with paused_gc():
+        from client import private_home
         from server import aggregation, plugged, population, tracking
         from server.start import head_start, start_adapter
     refused: list[str] = []
@@ -71,6 +72,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
         plans = attempt(findings.plans_of, config, records.units, cap) or []
+        attempt(private_home.check_plans, config, records.units)
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)

@@ -196,8 +196,8 @@ def add_baseline(table: Table, result: Mapping[str, Any]) -> None:
 
 def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     """Add the three models of institutions, the gain of joining, and the verdict."""
-    if failed := result.get("joining", {}).get("not_compared"):
-        table.add_row("not compared", joining_verdict.with_codes(failed))
+    if failed := joining_verdict.not_compared(result.get("joining", {})):
+        table.add_row("not compared", failed)
     joining = joining_verdict.comparison(result)
     if joining is None:
         return
@@ -382,7 +382,7 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
     if config.federation.traits.local_parts:
         adapter = run_dir / "institutions" / "NAME" / "adapter"
     console.write_line(f"adapter        {adapter}")
-    if joining_verdict.comparison(result) is not None:
+    if "joining" in result:
         own = run_dir / "institutions" / "NAME" / "own"
         protected = "epsilon" in result["joining"] and config.privacy.noise != "seeded"
         stays = "" if protected else " (no DP: they must not leave)"

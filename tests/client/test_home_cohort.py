@@ -16,6 +16,7 @@ from fedlora.errors import InputError, Refusal
 from fedlora.messages import EvaluateOrder, Query
 from fedlora.rounding import at_most
 from server import privacy_statement
+from simulation import check
 from tests.client.test_home_training import moved, with_residual
 
 PRIVATE = {"home.method": "interpolate", "home.steps": 4, "home.epsilon": 2.0}
@@ -259,6 +260,26 @@ def test_a_limit_below_the_run_and_the_own_model_is_refused_with_a_remedy(tiny_c
         "privacy.max-epsilon is 9.9, below privacy.epsilon + home.epsilon (10); raise it or lower "
         "privacy.epsilon or home.epsilon"
     )
+
+
+def test_an_institution_by_itself_plans_no_own_model(tiny_config):
+    alone = {"data.view": "only:Alpha", "privacy.max-epsilon": 8.0}
+    assert tiny_config(**PRIVATE, **alone).planned_epsilon == 8.0
+
+
+def test_own_models_that_no_noise_brings_to_their_budget_are_refused_before_the_run(
+    tiny_config, simulate_run
+):
+    """Institutions would refuse it one by one, and the others would go on without them."""
+    config = tiny_config(**{**PRIVATE, "home.epsilon": 0.001})
+    with pytest.raises(InputError) as refused:
+        simulate_run(config)
+    said = str(refused.value)
+    assert "home.epsilon is 0.001, for which no own model can be planned" in said
+    assert "raise it, or set it to inf" in said and not Path(config.run_dir).exists()
+    assert said in check.describe(config)["refused"]
+    home = {**PRIVATE, "home.epsilon": 0.001, "home.method": "none"}
+    assert check.describe(tiny_config(**home))["refused"] == []  # nobody trains one
 
 
 def test_a_run_whose_lasting_ledgers_lack_the_own_model_s_budget_is_refused_before_it_starts(

@@ -485,6 +485,7 @@ def test_what_this_user_may_not_enter_is_one_line(bank, monkeypatch):
         (("--steps", "0"), "--steps is 0; it must be at least 1"),
         (("--method", "best"), "home.method is 'best'; it must be one of"),
         (("--method", "none"), "--method is none, which trains no model"),
+        (("--method", "ditto", "--epsilon", "2"), "--method is 'ditto', but with --epsilon"),
         (("--epsilon", "0"), "--epsilon is 0; it must be a finite number above 0"),
         (("--epsilon", "inf"), "--epsilon is inf; it must be"),
         (("--adapter", "none"), "release.json cannot be read"),
@@ -628,8 +629,8 @@ def test_the_charge_is_on_the_disk_before_the_first_step_and_a_repeat_costs_noth
     assert set(charged) == {1} and "error: RuntimeError: killed" in said
     assert not list((made.directory / "state" / "home").iterdir())
     made.result("--run", "first", "--epsilon", 2)
-    made.set(physical_batch=3)  # under DP neither it nor the method changes an own model
-    again = ("--out", made.directory / "again", "--method", "ditto")
+    made.set(physical_batch=3)  # which changes no own model under DP
+    again = ("--out", made.directory / "again")
     made.result("--run", "first", "--epsilon", 2, *again)
     assert len(made.charges()) == 1
     one, two = (
@@ -687,9 +688,11 @@ def test_under_dp_no_own_model_is_trained_without_dp(bank, monkeypatch):
 def test_what_the_ledger_or_the_limits_do_not_allow_is_refused_before_a_charge(bank):
     made = bank()
     made.receive(made.release())
-    assert "epsilon-too-large" in made.refused("--run", "first", "--epsilon", 8.5)
+    said = made.refused("--run", "first", "--epsilon", 8.5)
+    assert "epsilon-too-large" in said and "lower home.epsilon (--epsilon), or raise" in said
     made.set(max_run_epsilon=20.0)
-    assert "budget-exhausted" in made.refused("--run", "first", "--epsilon", 9.5)
+    said = made.refused("--run", "first", "--epsilon", 9.5)
+    assert "budget-exhausted" in said and "lower home.epsilon (--epsilon)" in said
     made.set(test_source="")
     said = made.refused("--run", "first", "--epsilon", 2)
     assert "--epsilon needs a test-source" in said

@@ -106,6 +106,34 @@ def test_pooled_customers_of_two_banks_stay_two_units(tiny_config):
     assert np.array_equal(pooled.all_held_out.records, federation.all_held_out.records)
 
 
+def test_the_label_of_a_budget_at_home_is_what_the_arm_ran_with(sweep_file):
+    text = 'arms = ["local", "local-dp", "federated", "federated-dp"]\n'
+    cases = sweep.read(
+        sweep_file(f"{text}[grid]\nhome.epsilon = [2.0, 4.0]", **{"home.method": "fine-tune"})
+    )
+    assert [(case.arm, case.axes["home.epsilon"]) for case in cases] == [
+        *((arm, math.inf) for arm in ("local", "local-dp", "federated")),
+        *(("federated-dp", value) for value in (2.0, 4.0)),
+    ]
+    assert all(case.axes["home.epsilon"] == case.config.home.epsilon for case in cases)
+
+
+def test_arms_that_train_nothing_at_home_are_what_each_budget_at_home_is_compared_with():
+    def case(arm, budget, accuracy):
+        found = {"drawn": 0.2, "joining": None, "not_compared": 0, "bytes": 0, "seconds": 1.0}
+        found |= {"epsilon": 8.0, "delta": None}
+        axes = {"privacy.epsilon": "inf" if arm == "local" else 8.0, "home.epsilon": budget}
+        found |= {"score": accuracy, "macro_f1": accuracy, "institutions": {"A": accuracy}}
+        return {"arm": arm, "axes": axes, "seed": 1}, found
+
+    local, local_dp = case("local", "inf", 0.5), case("local-dp", "inf", 0.25)
+    by_key = {
+        results.case_key(one["arm"], one["axes"], 1): found for one, found in (local, local_dp)
+    }
+    line = results._line(results.ALL, [case("federated-dp", 2.0, 0.75)], by_key)
+    assert (line["gain_over_local"], line["gain_over_local_dp"]) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     "always",
     [
@@ -410,6 +438,14 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
         (
             'arms = ["local", "base"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',
             ["'local'", "'base'", "cannot share a split", "data.partition"],
+        ),
+        (
+            'arms = ["federated"]\n[set.federated]\nhome.epsilon = 2.0\n[grid]\nseed = [1]',
+            ["[set.federated] has home.epsilon", "without DP", "federated-dp"],
+        ),
+        (
+            'arms = ["local-dp"]\n[set.local-dp]\nhome.steps = 2\n[grid]\nseed = [1]',
+            ["[set.local-dp] has home.steps", "only federated arms"],
         ),
         (
             'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [inf]',

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
+from experiments import report
 from fedlora import comparison as comparison_module
 from fedlora import metrics, records, wire
 from fedlora.adapters import AdapterState
@@ -463,6 +464,32 @@ def test_an_answer_of_another_institution_is_refused(beta, monkeypatch) -> None:
     found = joining.measure(None, order, nodes, config, population)
     assert found["not_compared"] == {"Alpha": "wrong-institution"}
     assert list(found["institutions"]) == ["Beta"]
+
+
+def test_institutions_without_held_out_rows_are_named_and_their_models_must_not_leave(
+    tiny_config, simulate_run, complaints, tmp_path, capsys
+) -> None:
+    """Beta alone has rows to measure on; each of the four has an own model."""
+    head, *rows = complaints.read_text().splitlines()
+    measured = tmp_path / "measured.csv"
+    others = [row + " other" for row in rows if ",Beta," in row]
+    measured.write_text("\n".join([head, *(row.replace(",", " later,", 1) for row in others)]))
+    values = {"data.test-source": str(measured), "home.method": "fine-tune", "home.steps": 4}
+    config = tiny_config(**values)
+    found = simulate_run(config)["joining"]
+    missing = dict.fromkeys(["Alpha", "Delta", "Gamma"], "no-held-out-rows")
+    assert [*found["institutions"]] == ["Beta"] and found["not_compared"] == missing
+    run = Path(config.run_dir)
+    text = report.write(run).read_text()
+    assert "Compared were 1 of 4 institutions; 3 have no held-out rows." in text
+    nobody = {key: found[key] for key in ("method", "seconds", "not_compared")}
+    path = run / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"joining": nobody}))
+    text = report.write(run).read_text()
+    assert "No institution was compared" in text and "must not be passed on" in text
+    assert "Alpha (no-held-out-rows)" in text and "institutions.log" not in text
+    refused = printed({"joining": {"not_compared": {"Beta": "bad-configuration"}}})
+    assert "Beta (bad-configuration); institutions.log has the reasons" in refused
 
 
 def test_an_institution_has_as_much_longer_at_home_as_its_work_is_more(beta, monkeypatch) -> None:
