@@ -105,7 +105,6 @@ def run(
     with _locked(out, console) as lock:
         _check_place(out, resume)  # another sweep may have come here first
         _keep_key(out, key)
-
         _write_manifest(out, path, cases, needed)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         before = set(made) - {cell.name for cell in left}

@@ -203,7 +203,6 @@ def _overrides(
                     f"[set.{arm}] has {key}, but only federated arms train models at home; drop "
                     "it, or move it to [set]"
                 )
-        for key in values:
             if key.startswith(SPLIT_KEYS):
                 other = next((name for name in arms if name != arm), arm)
                 raise InputError(

@@ -107,7 +107,8 @@ def not_compared(joining: Mapping[str, Any]) -> str:
     """The institutions whose models at home were not compared, each with the reason."""
     missing = joining.get("not_compared", {})
     refused = set(missing.values()) - {NO_ROWS}
-    return with_codes(missing) + "; institutions.log has the reasons" * bool(refused)
+    where = "; institutions.log, or the output of the run, has the reasons"
+    return with_codes(missing) + where * bool(refused)
 
 
 def with_codes(refused: Mapping[str, str]) -> str:

@@ -72,7 +72,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
         plans = attempt(findings.plans_of, config, records.units, cap) or []
-        attempt(private_home.check_plans, config, records.units)
+        if plans:
+            attempt(private_home.check_plans, config, records.units)
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)
