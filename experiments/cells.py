@@ -41,7 +41,7 @@ from fedlora.run_files import (
     read_run_file,
 )
 from fedlora.terminal import Terminal
-from server import tracking
+from server import binding, tracking
 from simulation.run import check_engine
 
 Engine = Literal["auto", "ray", "inline"]
@@ -215,22 +215,19 @@ def _check_place(out: Path, resume: bool) -> None:
 def _key(out: Path) -> str:
     """The key of the names of the sweep's cells; of a new sweep a new one, see `_keep_key`."""
     if not (out / results.MANIFEST).exists() and not (out / KEY).exists():
-        return secrets.token_hex(32)
+        return secrets.token_hex(binding.KEY_BYTES)
     try:
-        key = (out / KEY).read_text(encoding="utf-8").strip()
-        if len(bytes.fromhex(key)) != 32:
-            raise ValueError("it is no key")
+        return binding.read_key(out / KEY)
     except (OSError, ValueError) as error:
         raise InputError(
             f"the names of the cells in {out} need its {KEY}, which cannot be read ({error}); put "
             "it back, or give another --out (a sweep of an earlier fedlora has none)"
         ) from None
-    return key
 
 
 def _keep_key(out: Path, key: str) -> None:
     if not (out / KEY).exists():
-        write_atomic(out / KEY, f"{key}\n".encode(), mode=0o600)
+        binding.write_key(out / KEY, key)
     elif _key(out) != key:
         raise InputError(f"another sweep began in {out} meanwhile; start this one again")
 

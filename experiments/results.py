@@ -19,7 +19,7 @@ from fedlora.rounding import at_most
 from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
 
 MANIFEST = "cells.json"
-OWN_EPSILON = "home.epsilon"
+EPSILON, OWN_EPSILON = "privacy.epsilon", "home.epsilon"
 GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
 """Columns that no file has: the number of seeds behind each gain."""
 COLUMNS = (
@@ -273,7 +273,7 @@ def _line(
     gains: dict[str, list[float]] = {"local": [], "local-dp": []}
     for case, found in group:
         by_itself = {k: "inf" if k == OWN_EPSILON else v for k, v in case["axes"].items()}
-        free = {k: "inf" if k == "privacy.epsilon" else v for k, v in by_itself.items()}
+        free = {k: "inf" if k == EPSILON else v for k, v in by_itself.items()}
         for arm, axes in (("local", free), ("local-dp", by_itself)):
             other = by_key.get(case_key(arm, axes, case["seed"]))
             comparable = arm == "local" or case["arm"].endswith("-dp")

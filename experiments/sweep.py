@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ready, results
+from experiments.results import EPSILON, OWN_EPSILON
 from fedlora import config as configs
 from fedlora import model_files, plugins, records
 from fedlora.budget import rate_of
@@ -28,7 +29,6 @@ from server import binding
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
 KEYS = ("base", "set", "grid", "arms")
-EPSILON = "privacy.epsilon"
 MAX_CELLS = 1000
 """The most cells of a sweep without --yes."""
 
@@ -114,7 +114,7 @@ def read(path: Path) -> list[Case]:
             config = _in_arm(arm, base, {**values, **own[arm]})
             if arm.endswith("-dp") and not config.privacy.enabled:
                 continue  # this would be the arm without DP
-            ran = {EPSILON: config.privacy.epsilon, results.OWN_EPSILON: config.home.epsilon}
+            ran = {EPSILON: config.privacy.epsilon, OWN_EPSILON: config.home.epsilon}
             budgets = {key: value for key, value in ran.items() if key in labels}
             case = Case(arm=arm, axes=labels | budgets, config=config)
             cases.setdefault(results.case_key(arm, case.axes, config.seed), case)
@@ -193,7 +193,7 @@ def _overrides(
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
         for key in values:
-            if key in (EPSILON, results.OWN_EPSILON) and not arm.endswith("-dp"):
+            if key in (EPSILON, OWN_EPSILON) and not arm.endswith("-dp"):
                 raise InputError(
                     f"[set.{arm}] has {key}, but the arm is without DP; drop it, or name the arm "
                     f"{arm}-dp"
@@ -316,7 +316,7 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     everything = {**base, **values}
     free: dict[str, Any] = {}
     if kind == arm or float(everything.get(EPSILON, PrivacyConfig.epsilon)) == math.inf:
-        budgets = (EPSILON, "privacy.institution-epsilon", results.OWN_EPSILON)
+        budgets = (EPSILON, "privacy.institution-epsilon", OWN_EPSILON)
         free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":
             free["federation.weighting"] = "public-size"

@@ -8,8 +8,7 @@ from typing import Any
 from experiments import conclusion, figures, joining_page, results
 from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
-from experiments.results import ALL, Results
-from experiments.sweep import EPSILON
+from experiments.results import ALL, EPSILON, Results
 from fedlora.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.rounding import at_most

@@ -20,6 +20,7 @@ log = logging.getLogger("fedlora.server")
 
 KEYS = "FEDLORA_KEYS"
 """In the environment of a deployment's server: its directory of keys."""
+KEY_BYTES = 32
 RECORDS_KEY = "records.key"
 """In a simulation's run directory: the key of the fingerprint of records; it stays there."""
 FILES = (CONFIG, ENVIRONMENT, ROUNDS, RESULT)
@@ -72,8 +73,8 @@ def bind(
     environment = read_run_file(directory, ENVIRONMENT)
     fingerprint = None
     if not config.deployed:
-        key = secrets.token_hex(32)
-        write_atomic(directory / RECORDS_KEY, f"{key}\n".encode(), mode=0o600)
+        key = secrets.token_hex(KEY_BYTES)
+        write_key(directory / RECORDS_KEY, key)
         fingerprint = keyed(key, records)
     return {
         "id": result["run"],
@@ -91,6 +92,24 @@ def bind(
 def mode(config: RunConfig) -> str:
     """``deployment`` or ``simulation``."""
     return "deployment" if config.deployed else "simulation"
+
+
+def write_key(file: Path, key: str) -> None:
+    """Write a key of `keyed` for its owner only."""
+    write_atomic(file, f"{key}\n".encode(), mode=0o600)
+
+
+def read_key(file: Path) -> str:
+    """The key that `write_key` wrote.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no key.
+    """
+    key = file.read_text(encoding="utf-8").strip()
+    if len(bytes.fromhex(key)) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes")
+    return key
 
 
 def keyed(key: str, fingerprint: str) -> str:

@@ -202,7 +202,7 @@ class _Checks:
         if code := [f"{key} {name}" for key, name in config.plug_ins if key.startswith("data.")]:
             raise _Skipped(f"reading them runs code that the run names ({', '.join(code)})")
         try:
-            key = (self.run_dir / binding.RECORDS_KEY).read_text().strip()
+            key = binding.read_key(self.run_dir / binding.RECORDS_KEY)
             found = binding.keyed(key, records.load(config).fingerprint())
         except (InputError, OSError) as error:
             raise _Skipped(f"they cannot be read here ({error})") from None

@@ -467,7 +467,7 @@ def test_an_answer_of_another_institution_is_refused(beta, monkeypatch) -> None:
 
 
 def test_institutions_without_held_out_rows_are_named_and_their_models_must_not_leave(
-    tiny_config, simulate_run, complaints, tmp_path, capsys
+    tiny_config, simulate_run, complaints, tmp_path
 ) -> None:
     """Beta alone has rows to measure on; each of the four has an own model."""
     head, *rows = complaints.read_text().splitlines()

@@ -229,6 +229,9 @@ def test_the_fingerprint_of_records_needs_its_key(run_directory):
     assert said != hashlib.sha256(key.read_bytes()).hexdigest()
     key.unlink()
     assert states(run_directory)["records"] == "skipped"
+    for damaged in ("", "00", "no key"):
+        key.write_text(damaged)
+        assert failing(run_directory) == {"records"}
     key.write_text("00" * 32)
     assert failing(run_directory) == {"records"}
 
