@@ -33,7 +33,7 @@ test-deployment: $(READY)  ## faults and attacks on a federation of processes; n
 	$(BIN)/pytest -m "slow and not gpu" tests/deployment
 
 exactness: $(READY)  ## per-example gradients against one backward pass per example, as a table
-	$(BIN)/pytest -s -k exact tests/fedlora/test_per_sample.py
+	$(BIN)/pytest -s -k exact tests/fedlora/gradients/test_per_sample.py
 
 lint: $(READY)  ## format and lint
 	$(BIN)/ruff format --check .

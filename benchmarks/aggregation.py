@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate
+from fedlora.models.adapters import AdapterState
+from fedlora.wire.messages import ClientUpdate
 from strategies import STRATEGIES
 from strategies.base import Round, Weighted
 

@@ -34,8 +34,8 @@ from typing import Any
 from benchmarks import measure, work
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.models import fast_bf16
-from fedlora.run_files import environment
+from fedlora.models.models import fast_bf16
+from fedlora.runs.run_files import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"

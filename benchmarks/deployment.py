@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks import measure
-from fedlora import model_files
-from fedlora.adapters import AdapterState
+from fedlora.models import model_files
+from fedlora.models.adapters import AdapterState
 from tests.conftest import write_complaints
 from tests.deployment import conftest, harness
 

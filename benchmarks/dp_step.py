@@ -34,9 +34,9 @@ def sides(arguments: argparse.Namespace, *names: str) -> list[Callable[[], None]
     quiet_libraries()
     from benchmarks import rival_step
     from client import private_training, training
-    from fedlora import trainable
-    from fedlora.config import from_flat
-    from fedlora.streams import RandomSource
+    from fedlora.config.config import from_flat
+    from fedlora.models import trainable
+    from fedlora.privacy.streams import RandomSource
 
     torch.set_num_threads(1)
     config = from_flat(
@@ -87,7 +87,7 @@ def local_plan(arguments: argparse.Namespace) -> Any:
 
 def mechanism(size_class: int, sample_rate: float = 1.0, steps: int = 1) -> Any:
     """The noise of the steps of one round; by default of a step that samples every row."""
-    from fedlora.accounting import PrivacyPlan
+    from fedlora.privacy.accounting import PrivacyPlan
 
     return PrivacyPlan(
         epsilon=8.0,
@@ -105,9 +105,9 @@ def mechanism(size_class: int, sample_rate: float = 1.0, steps: int = 1) -> Any:
 
 def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
     """Rows of random tokens; for sft the second half of each is its response."""
-    from fedlora import records
-    from fedlora.data import shard_of
-    from fedlora.encoding import Encoded
+    from fedlora.data import records
+    from fedlora.data.data import shard_of
+    from fedlora.data.encoding import Encoded
 
     draw = np.random.default_rng(0)
     if arguments.tokens:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlora import finished_run, records
 from fedlora.arrays import Floats
-from fedlora.comparison import text_numbers
-from fedlora.config import RunConfig
-from fedlora.shards import Shard
+from fedlora.config.config import RunConfig
+from fedlora.data import records
+from fedlora.data.shards import Shard
+from fedlora.runs import finished_run
+from fedlora.runs.comparison import text_numbers
 
 SHOWN = 8
 """Texts that are listed."""

@@ -29,15 +29,16 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks import dp_step
 from client import private_training, training
-from fedlora import lora, lora_layers, models, trainable
-from fedlora.config import from_flat
-from fedlora.data import shard_of
-from fedlora.encoder import HEAD
-from fedlora.encoding import Encoded
+from fedlora.config.config import from_flat
+from fedlora.data.data import shard_of
+from fedlora.data.encoding import Encoded
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
+from fedlora.gradients import lora_layers
+from fedlora.models import lora, models, trainable
+from fedlora.models.encoder import HEAD
+from fedlora.privacy.streams import RandomSource
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 RANK = 2

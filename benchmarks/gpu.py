@@ -185,9 +185,9 @@ def measure(case: Case, measured: Measured) -> None:
 
 def _ours(case: Case, measured: Measured, arguments: argparse.Namespace) -> None:
     from client import private_training
-    from fedlora import trainable
-    from fedlora.config import from_flat
-    from fedlora.streams import RandomSource
+    from fedlora.config.config import from_flat
+    from fedlora.models import trainable
+    from fedlora.privacy.streams import RandomSource
 
     values = {
         "model.name": case.path,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import results
-from fedlora.config import load
-from fedlora.joining_verdict import comparison
-from fedlora.run_files import CONFIG, is_complete, read_run_file
+from fedlora.config.config import load
+from fedlora.runs.joining_verdict import comparison
+from fedlora.runs.run_files import CONFIG, is_complete, read_run_file
 
 Joining = Mapping[str, Any]
 Setting = tuple[int, int]

@@ -18,9 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import dp_step, work
 from client import private_training, training
-from fedlora import records, trainable
-from fedlora.config import load
-from fedlora.streams import RandomSource
+from fedlora.config.config import load
+from fedlora.data import records
+from fedlora.models import trainable
+from fedlora.privacy.streams import RandomSource
 
 KINDS = {
     "products with the base": ("aten::mm", "aten::addmm"),

@@ -17,7 +17,7 @@ from experiments import pages, results, sweep_page
 from experiments.audit.findings import FILE, facts
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import ENVIRONMENT, commit, is_complete, read_run_file
+from fedlora.runs.run_files import ENVIRONMENT, commit, is_complete, read_run_file
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 PICTURES = DOCUMENT.parent / "results"

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import rival_model
-from fedlora import model_files
-from fedlora.lora import TARGETS
+from fedlora.models import model_files
+from fedlora.models.lora import TARGETS
 
 IGNORED = -100  # in labels, for transformers
 

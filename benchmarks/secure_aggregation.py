@@ -22,8 +22,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secure_party import SecureParty
-from fedlora import masks, secure_aggregation
-from fedlora.secure_aggregation import Terms
+from fedlora.secure import masks, secure_aggregation
+from fedlora.secure.secure_aggregation import Terms
 from server.secure_sum import SecureRound, SecureSetup
 
 DIGEST = bytes(32)

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.deployment import ROUND
-from fedlora import model_files
+from fedlora.models import model_files
 from tests.conftest import write_complaints
 from tests.deployment import conftest, harness
 from tests.samples import write_csv

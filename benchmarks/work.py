@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import model_files
-from fedlora.config import RunConfig, load
-from fedlora.lora import TARGETS
-from fedlora.models import fast_bf16
-from fedlora.rows import PartitionedRows, Table, partition_rows
+from fedlora.config.config import RunConfig, load
+from fedlora.data.rows import PartitionedRows, Table, partition_rows
+from fedlora.models import model_files
+from fedlora.models.lora import TARGETS
+from fedlora.models.models import fast_bf16
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "work.toml"
@@ -129,7 +129,7 @@ def _rate(config: RunConfig) -> float:
 
 def _noise(config: RunConfig, counts: Sequence[int]) -> list[float]:
     """The noise multiplier that fedlora plans for each institution."""
-    from fedlora.budget import plan_run
+    from fedlora.privacy.budget import plan_run
 
     plans = [plan_run(config, count, config.federation.rounds) for count in counts]
     return [each.noise_multiplier for each in plans]

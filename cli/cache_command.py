@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fedlora import cache as records_cache
-from fedlora import data
+from fedlora.data import cache as records_cache
+from fedlora.data import data
 from fedlora.errors import InputError
 from fedlora.terminal import Json, Terminal, clean_errors
 

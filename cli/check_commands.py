@@ -9,9 +9,9 @@ from rich.table import Column, Table
 
 from cli.simulation_commands import Accept
 from experiments import ready
-from fedlora.config import accepting, load, parse_overrides
+from fedlora.config.config import accepting, load, parse_overrides
 from fedlora.rounding import at_least
-from fedlora.run_files import finite, said_of_head
+from fedlora.runs.run_files import finite, said_of_head
 from fedlora.terminal import Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
@@ -28,7 +28,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented configuration for a file of records."""
-    from fedlora import starter
+    from fedlora.config import starter
 
     place = out or Path(f"{Path(source).stem}.toml")
     guessed = starter.write(source, place)

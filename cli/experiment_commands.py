@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from cli.errors import draw_report, one_line_errors
 from experiments import ready
-from fedlora.config import RunConfig, load, parse_overrides
+from fedlora.config.config import RunConfig, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.extras import require_page_packages
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from fedlora.errors import InputError, Refusal
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import ledgers
+from fedlora.runs.run_files import ledgers
 from fedlora.terminal import Json, Terminal, clean_errors
 
 app = typer.Typer()

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
 from experiments import ready
-from fedlora import config_schema
-from fedlora.config import RunConfig, accepting, describe, load, parse_overrides
+from fedlora.config import config_schema
+from fedlora.config.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, finite
+from fedlora.runs.run_files import CONFIG, finite
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
@@ -197,7 +197,7 @@ def evaluate(
 
     The command does not know whether the run trained on some of these rows.
     """
-    from fedlora import finished_run
+    from fedlora.runs import finished_run
     from simulation import progress
 
     overrides = parse_overrides(assign or [])
@@ -250,7 +250,8 @@ def predict(
 
     A line is the answer, its probability where there are classes, and the text.
     """
-    from fedlora import answer_files, finished_run
+    from fedlora.data import answer_files
+    from fedlora.runs import finished_run
     from simulation import progress
 
     if bool(text) == bool(data):
@@ -304,7 +305,7 @@ def merge(
     own: Own = False,
 ) -> None:
     """Fold a run's adapter into its base: one safetensors model directory."""
-    from fedlora import finished_run
+    from fedlora.runs import finished_run
 
     overrides = parse_overrides(assign or [])
     finished_run.merge(run_dir, out_dir, institution, overrides, own_model=own)
@@ -330,7 +331,7 @@ def export(
 
     OUT becomes a directory for vLLM, and a file for llama.cpp.
     """
-    from fedlora import export as layouts
+    from fedlora.models import export as layouts
 
     more: Sequence[str] = ()
     if layout == "gguf":
@@ -364,7 +365,7 @@ def push(
 
     A new repository is private. The login is that of `hf auth login`, or HF_TOKEN.
     """
-    from fedlora import hub_upload
+    from fedlora.runs import hub_upload
 
     Terminal().write_line(hub_upload.push(run_dir, repo, public=public, unprotected=unprotected))
 

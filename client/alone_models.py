@@ -23,11 +23,11 @@ import safetensors
 import safetensors.torch
 
 from client.home_models import Setting
-from fedlora import records
-from fedlora.adapters import AdapterState
-from fedlora.config import TOGETHER_ONLY, RunConfig
+from fedlora.config.config import TOGETHER_ONLY, RunConfig
+from fedlora.data import records
+from fedlora.data.shards import Shard
 from fedlora.files import write_atomic
-from fedlora.shards import Shard
+from fedlora.models.adapters import AdapterState
 
 log = logging.getLogger("fedlora.client")
 

@@ -12,17 +12,17 @@ from flwr.clientapp import ClientApp
 from client import cohort, config_policy, home_cohort, settings
 from client.institution import Institution
 from client.secure_party import SecureParty
-from fedlora import wire
-from fedlora.config import from_context
+from fedlora.config.config import from_context
+from fedlora.config.sections import check_gpu, check_threads
 from fedlora.errors import InputError, RecordError, Refusal, place
-from fedlora.sections import check_gpu, check_threads
-from fedlora.secure_aggregation import (
+from fedlora.secure.secure_aggregation import (
     ListOrder,
     SecureMessage,
     SharesOrder,
     Terms,
     UnmaskOrder,
 )
+from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.client")
 _Question = TypeVar("_Question")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from client.ledger import Ledger
-from fedlora import accounting, composition
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import RESIDUAL_A, AdapterState
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
-from fedlora.messages import Release, TrainOrder
+from fedlora.models.adapters import RESIDUAL_A, AdapterState
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.accounting import PrivacyPlan
 from fedlora.rounding import at_most
+from fedlora.wire.messages import Release, TrainOrder
 
 MAX_ANSWER = 999_000_000
 """The most bytes of an answer that the ledger stores: SQLite's 10^9, less those around it."""

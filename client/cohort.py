@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 from client.institution import Institution
 from client.private_round import PrivateRound, Trained, train_rounds
 from fedlora import processors
-from fedlora.messages import ClientUpdate, TrainOrder
+from fedlora.wire.messages import ClientUpdate, TrainOrder
 
 log = logging.getLogger("fedlora.client")
 Outcome = ClientUpdate | Exception

@@ -2,7 +2,7 @@
 
 `KEYS` names every key of `RunConfig`, with one of three rules: `Own`, `Unused` and `Taken`. A value
 that the institution does not take is dropped before anything reads it. A value that it takes has
-the bounds of `fedlora.config`, which hold for everybody, and those of the institution's settings.
+the bounds of `config.config`, which hold for everybody, and those of the institution's settings.
 """
 
 import json
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.settings import Settings
-from fedlora.config import RunConfig, from_flat
+from fedlora.config.config import RunConfig, from_flat
+from fedlora.config.sections import INSTITUTIONS, MAX_LIST_TEXT
+from fedlora.config.settings_schema import Scalar
 from fedlora.errors import InputError, Refusal
-from fedlora.sections import INSTITUTIONS, MAX_LIST_TEXT
-from fedlora.settings_schema import Scalar
 
 MAX_TEXT = 1000
 """Characters of a text unless `Taken` has another bound; longer texts are not read or logged."""

@@ -24,8 +24,8 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from fedlora.errors import Refusal
-from fedlora.noise_grid import on_grid
-from fedlora.streams import RandomSource
+from fedlora.privacy.noise_grid import on_grid
+from fedlora.privacy.streams import RandomSource
 
 CLIPPING_MARGIN = 1 - 4e-7
 """Gradients are scaled to this share of the bound, so that rounding (two float32 products, 1.2e-7)

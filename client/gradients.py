@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from client.passes import fill_passes, packed_losses, packed_tokens, padded_losses
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
-from fedlora.trainable import Trainable
+from fedlora.data.shards import Shard
+from fedlora.models.trainable import Trainable
+from fedlora.privacy.streams import RandomSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ from client import alone_models
 from client.alone_models import AloneModel
 from client.home_models import Choice, Home, HomeModels, Setting
 from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.adapters import PARTS, AdapterState, kind
 from fedlora.arrays import Floats, Int64
-from fedlora.comparison import text_numbers
+from fedlora.config.sections import HOME_CHOOSES_ON, HOME_COMPARES_ON, HOME_VALIDATION, HomeConfig
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError
-from fedlora.lora_layers import Scale
-from fedlora.sections import HOME_CHOOSES_ON, HOME_COMPARES_ON, HOME_VALIDATION, HomeConfig
-from fedlora.shards import Shard
-from fedlora.trainable import Trainable
+from fedlora.gradients.lora_layers import Scale
+from fedlora.models.adapters import PARTS, AdapterState, kind
+from fedlora.models.trainable import Trainable
+from fedlora.runs.comparison import text_numbers
 
 COMPARED_FROM = 30
 """The fewest steps after which a model alone may stop: fewer say little of what more will bring."""

@@ -11,10 +11,12 @@ from client.alone_models import AloneModel
 from client.cohort import answer, attempt
 from client.home_models import Choice, Home, HomeModels, PrivateOwn, Setting
 from client.institution import Institution
-from fedlora import processors, records, trainable
-from fedlora.config import RunConfig
+from fedlora import processors
+from fedlora.config.config import RunConfig
+from fedlora.data import records
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
+from fedlora.models import trainable
+from fedlora.wire.messages import ClientUpdate, EvaluateOrder, Evaluation, TrainOrder
 
 log = logging.getLogger("fedlora.client")
 

@@ -26,12 +26,18 @@ from client.institution import Institution
 from client.ledger import Ledger
 from client.releases import Releases
 from client.settings import Settings
-from fedlora import comparison, records, trainable
-from fedlora.comparison import Rows
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import HOME_CHOOSES_FROM, INSTITUTIONS, HomeConfig
+from fedlora.data import records
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.files import new_path, sync, write_atomic
-from fedlora.joining_verdict import (
+from fedlora.models import trainable
+from fedlora.models.model_files import Origin, origins_of_base
+from fedlora.rounding import at_most
+from fedlora.runs import comparison
+from fedlora.runs.comparison import Rows
+from fedlora.runs.joining_verdict import (
     ALL_KEEP,
     FINDINGS,
     MODELS,
@@ -40,12 +46,8 @@ from fedlora.joining_verdict import (
     macro_f1_gain,
     outcome,
 )
-from fedlora.model_files import Origin, origins_of_base
-from fedlora.released import ReleaseFiles
-from fedlora.rounding import at_most
-from fedlora.run_files import HOME_CONFIG, finite
-from fedlora.sections import HOME_CHOOSES_FROM, INSTITUTIONS, HomeConfig
-from fedlora.shards import Shard
+from fedlora.runs.run_files import HOME_CONFIG, finite
+from fedlora.wire.released import ReleaseFiles
 
 LOCK = "home.lock"
 SPLIT = 0.2

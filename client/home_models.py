@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fedlora.adapters import AdapterState
-from fedlora.comparison import CHOICES
-from fedlora.messages import PrivacySpent
+from fedlora.data.shards import Shard
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.streams import RandomSource
 from fedlora.rounding import at_most
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
+from fedlora.runs.comparison import CHOICES
+from fedlora.wire.messages import PrivacySpent
 
 OWN_CARD = """# An institution's own model
 
@@ -132,7 +132,7 @@ class Choice:
     held_back: int = 0
 
     def figures(self) -> dict[str, float]:
-        """The choice as `fedlora.messages.Evaluation` has it at home."""
+        """The choice as `fedlora.wire.messages.Evaluation` has it at home."""
         figures = (
             self.alone.steps,
             self.own.steps,

@@ -19,11 +19,11 @@ import torch
 
 from client.passes import equal_passes, packed_losses, plain_passes
 from client.training import add_gradients, proximal_term, shuffled, training_steps
-from fedlora import lora_layers, packing
-from fedlora.adapters import AdapterState, kind
-from fedlora.shards import Shard, concatenate
-from fedlora.streams import RandomSource
-from fedlora.trainable import Trainable
+from fedlora.data.shards import Shard, concatenate
+from fedlora.gradients import lora_layers, packing
+from fedlora.models.adapters import AdapterState, kind
+from fedlora.models.trainable import Trainable
+from fedlora.privacy.streams import RandomSource
 
 PASS_TOKENS = 2048
 """Tokens of a shared pass: gradients are summed, so that memory holds activations only."""

@@ -35,24 +35,25 @@ from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import REPORTABLE, Settings
 from client.training import LocalPlan
-from fedlora import (
-    accounting,
-    model_card,
-    peers,
-    processors,
-    records,
-    run_files,
-    secure_order,
-    trainable,
-)
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import AdapterState
-from fedlora.budget import delta_of, plan_run
-from fedlora.composition import Event
-from fedlora.config import UNRELEASED, RunConfig
+from fedlora import processors
+from fedlora.config.config import UNRELEASED, RunConfig
+from fedlora.config.sections import check_gpu
+from fedlora.data import records
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.files import expanded
-from fedlora.messages import (
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.budget import delta_of, plan_run
+from fedlora.privacy.composition import Event
+from fedlora.privacy.streams import RandomSource
+from fedlora.runs import model_card, run_files
+from fedlora.runs.run_files import LEDGERS
+from fedlora.secure import peers, secure_order
+from fedlora.secure.secure_aggregation import KeysMessage, Terms
+from fedlora.wire.messages import (
     ClientUpdate,
     EvaluateOrder,
     Evaluation,
@@ -61,11 +62,6 @@ from fedlora.messages import (
     Release,
     TrainOrder,
 )
-from fedlora.run_files import LEDGERS
-from fedlora.sections import check_gpu
-from fedlora.secure_aggregation import KeysMessage, Terms
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from client import ledger_file, ledger_integrity
-from fedlora import accounting, composition
-from fedlora.composition import Event, History
+from fedlora.config.sections import MIN_DELTA
 from fedlora.errors import InputError, Refusal
-from fedlora.sections import MIN_DELTA
-from fedlora.streams import KEY_BYTES
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.composition import Event, History
+from fedlora.privacy.streams import KEY_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,7 @@ class Ledger:
         Args:
             run_id: The run.
             round_number: The round's number.
-            digest: The digest that all survivors signed (`fedlora.secure_order`).
+            digest: The digest that all survivors signed (`fedlora.secure.secure_order`).
             survivors: The institutions whose sum is unmasked, sorted.
 
         Raises:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from client import ledger_integrity, ledger_upgrade
 from fedlora import files
-from fedlora.composition import Event, History, compose
 from fedlora.errors import InputError, Refusal
+from fedlora.privacy.composition import Event, History, compose
 
 _APPLICATION = 0x66646C64  # "fdld", the file's mark for `file` and PRAGMA application_id
 BUSY_SECONDS = 30.0

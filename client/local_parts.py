@@ -12,9 +12,9 @@ from pathlib import Path
 
 import safetensors.torch
 
-from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
+from fedlora.models.adapters import AdapterState
 
 log = logging.getLogger("fedlora.client")
 

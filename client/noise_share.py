@@ -5,11 +5,12 @@ import math
 import numpy as np
 
 from client.dp_sgd import check_noise
-from fedlora import discrete_gaussian, noise_shares
-from fedlora.accounting import PrivacyPlan
 from fedlora.arrays import Floats, Int64
 from fedlora.errors import Refusal
-from fedlora.streams import RandomSource
+from fedlora.privacy import discrete_gaussian
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
+from fedlora.secure import noise_shares
 
 
 def noised_words(sums: Floats, plan: PrivacyPlan, source: RandomSource, institutions: int) -> Int64:
@@ -17,7 +18,7 @@ def noised_words(sums: Floats, plan: PrivacyPlan, source: RandomSource, institut
 
     Guarantee: the returned vectors of ``plan.honest`` institutions add up to the output of one
     Gaussian mechanism with ``plan.noise_multiplier``, up to the discreteness that the accountant
-    counts (`fedlora.noise_shares`). One vector alone has a share of that noise only.
+    counts (`fedlora.secure.noise_shares`). One vector alone has a share of that noise only.
 
     Args:
         sums: The sum of gradients of norm at most ``plan.max_grad_norm``, float64 ``(d,)``.

@@ -6,11 +6,11 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import torch
 
-from fedlora import packing
-from fedlora.batches import micro_batches
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
-from fedlora.trainable import Trainable
+from fedlora.data.batches import micro_batches
+from fedlora.data.shards import Shard
+from fedlora.gradients import packing
+from fedlora.models.trainable import Trainable
+from fedlora.privacy.streams import RandomSource
 
 Dropout = Callable[[int], RandomSource]
 """Row -> the source of its masks."""

@@ -6,12 +6,12 @@ The round is planned, charged, trained and stored as every round is (`client.ins
 import math
 from collections.abc import Sequence
 
-from fedlora import accounting
-from fedlora.adapters import AdapterState
-from fedlora.budget import delta_of, plan_run
-from fedlora.config import UNRELEASED, RunConfig
+from fedlora.config.config import UNRELEASED, RunConfig
 from fedlora.errors import InputError
-from fedlora.messages import TrainOrder
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting
+from fedlora.privacy.budget import delta_of, plan_run
+from fedlora.wire.messages import TrainOrder
 
 
 def config_at_home(

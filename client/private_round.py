@@ -11,14 +11,17 @@ from client.ledger import Ledger
 from client.private_training import Participant
 from client.secure_role import SecureRole
 from client.training import LocalPlan
-from fedlora import composition, records, trainable, wire
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
-from fedlora.config import UNRELEASED, RunConfig
-from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
+from fedlora.config.config import UNRELEASED, RunConfig
+from fedlora.data import records
+from fedlora.data.shards import Shard
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import composition
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate, PrivacySpent, TrainOrder
 
 Trained = AdapterState | Int64
 """The outcome of a round's training: an adapter, or a vector under secure aggregation."""

@@ -17,13 +17,13 @@ import torch
 
 from client.gradients import SampledUnits, packed_gradients, padded_gradients
 from client.training import OPTIMIZERS, LocalPlan, proximal_term, training_steps
-from fedlora import lora_layers
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
-from fedlora.shards import Shard, concatenate
-from fedlora.streams import RandomSource
-from fedlora.trainable import Trainable
+from fedlora.data.shards import Shard, concatenate
+from fedlora.gradients import lora_layers
+from fedlora.models.adapters import AdapterState
+from fedlora.models.trainable import Trainable
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from fedlora import files, released
+from fedlora import files
+from fedlora.config.settings_schema import Scalar
 from fedlora.errors import InputError
-from fedlora.messages import Release
-from fedlora.released import ReleaseFiles
-from fedlora.settings_schema import Scalar
+from fedlora.wire import released
+from fedlora.wire.messages import Release
+from fedlora.wire.released import ReleaseFiles
 
 MAX_RELEASES = 20
 """Directories that stay, so that no server fills the disk."""

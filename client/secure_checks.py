@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora import noise_shares, secure_aggregation
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import Terms, UnmaskOrder
+from fedlora.secure import noise_shares, secure_aggregation
+from fedlora.secure.secure_aggregation import Terms, UnmaskOrder
 
 
 def check_words(terms: Terms, words: np.ndarray) -> None:

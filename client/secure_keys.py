@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from client.secure_store import Pair
-from fedlora import secure_aggregation, shamir
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import KEY_BYTES, KeysMessage, SharesOrder, Terms
+from fedlora.secure import secure_aggregation, shamir
+from fedlora.secure.secure_aggregation import KEY_BYTES, KeysMessage, SharesOrder, Terms
 
 _NONCE = bytes(12)  # each key seals one message
 _PAIR_BYTES = 2 * shamir.SHARE_BYTES

@@ -1,6 +1,6 @@
 """An institution's role in secure aggregation: its keys, its masked vectors, and what it reveals.
 
-Each method answers one message of ``fedlora.secure_aggregation``. All that a later answer needs is
+Each method answers one message of ``secure.secure_aggregation``. All that a later answer needs is
 in the party's store before an answer is returned, so a process that was killed goes on with a new
 object on the same store, and an answer that was lost is given again.
 
@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from client import secure_checks, secure_keys, secure_store
-from fedlora import masks, secure_aggregation
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import (
+from fedlora.secure import masks, secure_aggregation
+from fedlora.secure.secure_aggregation import (
     KEY_BYTES,
     WORD_BYTES,
     KeysMessage,

@@ -16,17 +16,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client import secure_store
 from client.ledger import Ledger
 from client.secure_party import SecureParty
-from fedlora import secure_order
 from fedlora.arrays import Int64
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
-from fedlora.messages import TrainOrder
-from fedlora.secure_aggregation import (
+from fedlora.secure import secure_order
+from fedlora.secure.secure_aggregation import (
     KeysMessage,
     MaskedMessage,
     MaskedOrder,
     Terms,
 )
+from fedlora.wire.messages import TrainOrder
 
 
 def erase(store: Path, ledger: Path, run: str) -> bool:

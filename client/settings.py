@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import files, noise_shares, sources
-from fedlora.csv_files import DELIMITERS, CsvForm, check_encoding
+from fedlora import files
+from fedlora.config.sections import check_threads
+from fedlora.config.settings_schema import Section, section
+from fedlora.config.settings_schema import key as setting
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.data import sources
+from fedlora.data.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
-from fedlora.sections import check_threads
-from fedlora.settings_schema import Section, section
-from fedlora.settings_schema import key as setting
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.secure import noise_shares
 
 REPORTABLE = ("loss", "records")
 """Figures that a round without DP may report."""

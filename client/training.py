@@ -16,10 +16,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client.passes import plain_passes
-from fedlora.config import RunConfig
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
-from fedlora.trainable import Trainable, training_mode
+from fedlora.config.config import RunConfig
+from fedlora.data.shards import Shard
+from fedlora.models.trainable import Trainable, training_mode
+from fedlora.privacy.streams import RandomSource
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

@@ -21,15 +21,17 @@ from cryptography import x509
 import fedlora
 from deployment import keys, setup
 from deployment.errors import in_words
-from fedlora import files, noise_shares, peers, seal
+from fedlora import files
+from fedlora.config.sections import check_gpu
 from fedlora.errors import InputError, Refusal
 from fedlora.rounding import at_most
-from fedlora.sections import check_gpu
+from fedlora.runs import seal
+from fedlora.secure import noise_shares, peers
 
 if TYPE_CHECKING:
     from client.ledger import Ledger
     from client.settings import Settings
-    from fedlora.shards import Shard
+    from fedlora.data.shards import Shard
 
 MIN_DAYS_LEFT = 30
 MAX_SECONDS_AHEAD = 4.0
@@ -527,8 +529,8 @@ def _fits_records(own: "Settings", ledger: "Ledger") -> None:
 def _shard(own: "Settings") -> "Shard":
     """The training rows of a run, without tokens."""
     from client.config_policy import KEYS, Own
-    from fedlora import data
-    from fedlora.sections import DataConfig
+    from fedlora.config.sections import DataConfig
+    from fedlora.data import data
 
     decided = {
         key.removeprefix(DataConfig.prefix).replace("-", "_"): rule.value(own)
@@ -545,7 +547,7 @@ def _shard(own: "Settings") -> "Shard":
 
 def _rows(own: "Settings", source: str, split: str) -> str:
     """Read a source as a run does; errors that quote a record may go to the terminal."""
-    from fedlora import rows
+    from fedlora.data import rows
 
     table = rows.read_table(source, own.text, own.label, {}, split, form=own.csv_form)
     if own.labels:
@@ -566,7 +568,7 @@ def _gpu() -> str:
 
 
 def _model(name: str) -> str:
-    from fedlora import model_files
+    from fedlora.models import model_files
 
     found = model_files.resolve(name)
     return f"{found.path}, SHA-256 {model_files.digest(found.weights)[:12]}..."

@@ -228,7 +228,7 @@ def submit(
 ) -> None:
     """Submit a run. With --wait the exit code is 0 only when the run has a result."""
     from deployment import submissions, superlink_client
-    from fedlora.config import load, parse_overrides
+    from fedlora.config.config import load, parse_overrides
 
     resolved = load(config, parse_overrides(assign or []))
     here = superlink_client.server()
@@ -385,7 +385,7 @@ def fingerprint(
     word is not enough: the keys decide who takes part in secure aggregation.
     """
     from client.settings import absolute, load
-    from fedlora import peers
+    from fedlora.secure import peers
 
     own = load(str(absolute(settings)))
     for name in ("key", "peers"):

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlora.seal import PURPOSE, read_pair
+from fedlora.runs.seal import PURPOSE, read_pair
 
 CA_DAYS = 3650
 SERVER_DAYS = 365
@@ -69,7 +69,7 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
     """Read an authority from two PEM files.
 
     Raises:
-        ValueError: As `fedlora.seal.read_pair`.
+        ValueError: As `fedlora.runs.seal.read_pair`.
     """
     public, private = read_pair(certificate, key)
     return Authority(certificate=public, key=private)

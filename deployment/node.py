@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from client.settings import Settings
-from fedlora import files, peers
+from fedlora import files
 from fedlora.errors import InputError
+from fedlora.secure import peers
 
 LOCK = "node.lock"
 DIRECTORY = "node"

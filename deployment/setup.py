@@ -14,11 +14,11 @@ import tomli_w
 from cryptography import x509
 
 from deployment import keys
-from fedlora import seal
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.config.sections import INSTITUTIONS
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, sync
-from fedlora.sections import INSTITUTIONS
+from fedlora.runs import seal
 
 IMAGE_USER = 10001
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -21,10 +21,11 @@ from typing import Any, Literal, get_args
 from deployment import superlink_client
 from deployment.errors import FileError, FlowerError, Unanswered, in_words, named
 from deployment.superlink_client import Server
-from fedlora.config import RunConfig, from_flat
+from fedlora.config.config import RunConfig, from_flat
+from fedlora.config.sections import INSTITUTIONS
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import (
+from fedlora.runs.run_files import (
     RESULT,
     ROUNDS,
     RUN_NAME,
@@ -34,7 +35,6 @@ from fedlora.run_files import (
     is_complete,
     read_records,
 )
-from fedlora.sections import INSTITUTIONS
 
 State = Literal["running", "completed", "failed", "stopped"]
 APP = Path(__file__).resolve().parents[1]

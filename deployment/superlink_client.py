@@ -37,10 +37,10 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deployment import keys
 from deployment.errors import FlowerError, Unanswered, in_words, named
-from fedlora import peers
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
-from fedlora.run_files import KEYS, NODES, SIZES, alone
+from fedlora.runs.run_files import KEYS, NODES, SIZES, alone
+from fedlora.secure import peers
 
 LINK = "fedlora"
 """The connection's name in Flower's own configuration."""

@@ -24,20 +24,14 @@ from pathlib import Path
 from flwr.app import Context, Message
 
 from client import settings
-from fedlora import (
-    cache,
-    data,
-    flower_internals,
-    logs,
-    model_files,
-    records,
-    schemes,
-    sources,
-    wire,
-)
+from fedlora import flower_internals, logs
+from fedlora.config import schemes
+from fedlora.config.sections import ModelConfig
+from fedlora.data import cache, data, records, sources
 from fedlora.errors import InputError, place
-from fedlora.sections import ModelConfig
+from fedlora.models import model_files
 from fedlora.startup import end_with_parent, paused_gc
+from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.client")
 
@@ -137,7 +131,7 @@ class Trainer:
             now = object(), object()  # an unknown state is never that of the next message
         before = self._loaded_from or now
         if now[0] != before[0]:
-            from fedlora import trainable
+            from fedlora.models import trainable
 
             trainable.forget()
         if now != before:

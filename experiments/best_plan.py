@@ -15,11 +15,12 @@ from typing import Any
 
 from rich.table import Table
 
-from fedlora import accounting, records
-from fedlora.budget import plan_run
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import MIN_SAMPLE_RATE
+from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.sections import MIN_SAMPLE_RATE
+from fedlora.privacy import accounting
+from fedlora.privacy.budget import plan_run
 from fedlora.terminal import Terminal
 from server import population
 

@@ -26,11 +26,11 @@ from typing import Any, Literal
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora import processors
-from fedlora.config import TOGETHER_ONLY
+from fedlora.config.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import duration
-from fedlora.run_files import (
+from fedlora.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     command,

@@ -6,12 +6,12 @@ from typing import Any
 
 from experiments import figures, report, results
 from experiments.pages import Page, Section, Table, render
-from fedlora import joining_verdict
-from fedlora.config import ENGINE_ONLY, load
+from fedlora.config.config import ENGINE_ONLY, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import at_most
-from fedlora.run_files import (
+from fedlora.runs import joining_verdict
+from fedlora.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     PRIVACY,

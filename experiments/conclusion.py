@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.pages import Section
 from experiments.results import CONFIDENCE, text_of
-from fedlora.joining_verdict import MIN_CLASS_TEXTS
+from fedlora.runs.joining_verdict import MIN_CLASS_TEXTS
 
 Lines = Sequence[Mapping[str, Any]]
 

@@ -12,10 +12,10 @@ from experiments import figures
 from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
-from fedlora import joining_verdict
-from fedlora.config import RunConfig
-from fedlora.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
-from fedlora.sections import HOME_CHOOSES_FROM, HOME_CHOOSES_ON, HOME_COMPARES_FROM
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import HOME_CHOOSES_FROM, HOME_CHOOSES_ON, HOME_COMPARES_FROM
+from fedlora.runs import joining_verdict
+from fedlora.runs.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
 
 TITLE = "What joining gives"
 MAX_ROWS = 40  # institutions in the figure of a run

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import live_state
-from fedlora.run_files import ROUNDS, GrowingLines
+from fedlora.runs.run_files import ROUNDS, GrowingLines
 
 ADDRESS = "127.0.0.1"
 HOSTS = (ADDRESS, "localhost")

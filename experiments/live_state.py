@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import load
+from fedlora.config.config import load
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete
+from fedlora.runs.run_files import CONFIG, RESULT, ROUNDS, finite, is_complete
 from server.run_directory import ORDERS, RunDirectory
 
 FILES = (CONFIG, ORDERS, ROUNDS, RESULT)

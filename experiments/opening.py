@@ -12,12 +12,13 @@ from typing import Any
 from experiments import joining_page, results
 from experiments.audit import findings as audit_findings
 from experiments.pages import Section, Table
-from fedlora import joining_verdict, metrics
-from fedlora.config import RunConfig
-from fedlora.joining_verdict import MODELS, Outcome
-from fedlora.odds import group_delta
+from fedlora.config.config import RunConfig
+from fedlora.models import metrics
+from fedlora.privacy.odds import group_delta
 from fedlora.rounding import at_least, at_most
-from fedlora.run_files import CONFIG, RESULT, ledger_alone, said_of_origins, void
+from fedlora.runs import joining_verdict
+from fedlora.runs.joining_verdict import MODELS, Outcome
+from fedlora.runs.run_files import CONFIG, RESULT, ledger_alone, said_of_origins, void
 from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 from server.trend import advice
 from simulation.progress import lost_rounds
@@ -284,7 +285,7 @@ def _unit(unit: str) -> str:
 def odds(
     found: Mapping[str, Any], epsilon: float, delta: float, what: str, *, continued: bool = False
 ) -> list[str]:
-    """The odds of privacy.json (`fedlora.odds`) as sentences.
+    """The odds of privacy.json (`fedlora.privacy.odds`) as sentences.
 
     Args:
         found: ``odds`` of privacy.json.

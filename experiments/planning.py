@@ -5,11 +5,12 @@ from typing import Any
 
 from rich.table import Table
 
-from fedlora import accounting, composition, noise_shares
-from fedlora.composition import Event
 from fedlora.errors import InputError
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.composition import Event
 from fedlora.rounding import at_most
-from fedlora.run_files import finite
+from fedlora.runs.run_files import finite
+from fedlora.secure import noise_shares
 from fedlora.terminal import Terminal
 
 NOISE_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -105,7 +106,7 @@ def plan(
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
 
-    As in a run, the default delta follows from the size class (`fedlora.budget`).
+    As in a run, the default delta follows from the size class (`fedlora.privacy.budget`).
 
     Args:
         records: Records of the institution.

@@ -11,12 +11,13 @@ from experiments import figures, joining_page, opening, results, sweep_page
 from experiments.audit import findings
 from experiments.audit import page as audit_page
 from experiments.pages import Page, Section, Table, environment, number, render
-from fedlora import joining_verdict, metrics
-from fedlora.config import RunConfig, load
+from fedlora.config.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.models import metrics
 from fedlora.rounding import at_most, duration
-from fedlora.run_files import CONFIG, ENVIRONMENT, PRIVACY, read_records, read_run_file
+from fedlora.runs import joining_verdict
+from fedlora.runs.run_files import CONFIG, ENVIRONMENT, PRIVACY, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 from simulation.progress import lost_rounds, skipped_rounds
 

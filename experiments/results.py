@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import joining_verdict, metrics
-from fedlora.config import RunConfig, load
+from fedlora.config.config import RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
+from fedlora.models import metrics
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
+from fedlora.runs import joining_verdict
+from fedlora.runs.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
 
 MANIFEST = "cells.json"
 EPSILON, OWN_EPSILON = "privacy.epsilon", "home.epsilon"
@@ -43,7 +44,7 @@ JOINING_COLUMNS = (*(f"{key}{end}" for key in (*JOINING_HEADS, *MACRO_F1)
 ALL = "(all)"
 """The institution's name in lines on the held-out rows of all institutions together.
 
-No institution has this name: `fedlora.partition.file_names` makes none with brackets."""
+No institution has this name: `fedlora.data.partition.file_names` makes none with brackets."""
 CONFIDENCE = 0.95
 CAPTION = (
     "Means over seeds ± half the 95 % confidence interval (Student's t; where each seed draws its "

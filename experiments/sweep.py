@@ -19,12 +19,14 @@ from typing import Any
 
 from experiments import ready, results
 from experiments.results import EPSILON, OWN_EPSILON
-from fedlora import config as configs
-from fedlora import model_files, plugins, records
-from fedlora.budget import rate_of
-from fedlora.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
+from fedlora.config import config as configs
+from fedlora.config import plugins
+from fedlora.config.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
+from fedlora.data import records
 from fedlora.errors import InputError
 from fedlora.files import expanded
+from fedlora.models import model_files
+from fedlora.privacy.budget import rate_of
 from server import binding
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")

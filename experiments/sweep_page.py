@@ -9,11 +9,11 @@ from experiments import conclusion, figures, joining_page, results
 from experiments.conclusion import Lines, setting_of, under_dp
 from experiments.pages import Page, Section, Table, environment
 from experiments.results import ALL, EPSILON, Results
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import PrivacyConfig
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
-from fedlora.run_files import ENVIRONMENT, RESULT, commit, void
-from fedlora.sections import PrivacyConfig
+from fedlora.runs.run_files import ENVIRONMENT, RESULT, commit, void
 
 MAX_REASONS = 3
 """The most findings that the note on void runs names."""

@@ -3,7 +3,7 @@
 import gc
 import importlib
 
-from fedlora.run_files import revision
+from fedlora.runs.run_files import revision
 from fedlora.startup import paused_gc, quiet_libraries
 
 quiet_libraries()

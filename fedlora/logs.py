@@ -3,7 +3,7 @@
 import logging
 import os
 
-from fedlora.text import visible
+from fedlora.data.text import visible
 
 _VARIABLE = "FEDLORA_LOG"
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from fedlora.data.text import visible
 from fedlora.errors import InputError, Refusal
-from fedlora.text import visible
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from fedlora import plugins, schemes
-from fedlora.config import describe
+from fedlora.config import plugins, schemes
+from fedlora.config.config import describe
 from fedlora.errors import InputError
 from strategies.base import Strategy
 

@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedlora import finished_run, rows, tables
-from fedlora.config import RunConfig, load
+from fedlora.config.config import RunConfig, load
+from fedlora.data import rows, tables
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
-from fedlora.run_files import CONFIG, PRIVACY, made_at_home, read_records, read_run_file
+from fedlora.runs import finished_run
+from fedlora.runs.run_files import CONFIG, PRIVACY, made_at_home, read_records, read_run_file
 from server.privacy_statement import with_earlier_runs
 
 log = logging.getLogger("fedlora")

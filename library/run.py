@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 
 from experiments import ready
-from fedlora import plugins, records, rows, sources, tables
-from fedlora.config import RunConfig, from_flat, load
+from fedlora.config import plugins
+from fedlora.config.config import RunConfig, from_flat, load
+from fedlora.data import records, rows, sources, tables
+from fedlora.data.tables import Table
 from fedlora.errors import InputError
 from fedlora.files import expanded
 from fedlora.startup import quiet_libraries
-from fedlora.tables import Table
 from fedlora.terminal import Terminal
 from library.keywords import OWN, Keywords, overrides
 from library.result import Result

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import noise_shares, wire
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
+from fedlora.models.adapters import AdapterState
+from fedlora.secure import noise_shares
+from fedlora.wire import wire
 from server import institution_privacy
 from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies

@@ -7,10 +7,10 @@ from typing import TypeVar
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import wire
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
-from fedlora.messages import EvaluateOrder, Evaluation, Release
+from fedlora.wire import wire
+from fedlora.wire.messages import EvaluateOrder, Evaluation, Release
 from server.exchange import exchange
 from server.replies import content
 from server.roster import patience

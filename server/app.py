@@ -6,8 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import logs
-from fedlora.config import from_context
-from fedlora.run_files import alone
+from fedlora.config.config import from_context
+from fedlora.runs.run_files import alone
 from server import run_directory
 from server.rounds import Federation
 

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import InputError
 from fedlora.files import sha256, write_atomic
-from fedlora.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_run_file
-from fedlora.seal import KEY, Signer
+from fedlora.runs.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_run_file
+from fedlora.runs.seal import KEY, Signer
 
 log = logging.getLogger("fedlora.server")
 
@@ -68,7 +68,7 @@ def bind(
         encoded: The same, as the file will hold it.
         records: A simulation's `Population.fingerprint`.
     """
-    from fedlora.model_card import base_name  # which loads torch
+    from fedlora.runs.model_card import base_name  # which loads torch
 
     environment = read_run_file(directory, ENVIRONMENT)
     fingerprint = None

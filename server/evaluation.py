@@ -7,12 +7,12 @@ from typing import Any
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
-from fedlora import metrics
-from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
-from fedlora.messages import EvaluateOrder, Evaluation
-from fedlora.trainable import Trainable
+from fedlora.models import metrics
+from fedlora.models.adapters import AdapterState
+from fedlora.models.trainable import Trainable
+from fedlora.wire.messages import EvaluateOrder, Evaluation
 from server.answers import ask
 from server.population import Population
 
@@ -26,7 +26,7 @@ def evaluate_global(
     """Metrics of one adapter on all held-out rows together, with ``measures`` beside its own.
 
     Returns:
-        The metrics of `fedlora.tasks.Task.evaluate`, and ``institutions``: institution -> accuracy
+        The metrics of `models.tasks.Task.evaluate`, and ``institutions``: institution -> accuracy
         on its rows, where the owners of the rows are known. Without held-out rows: no metrics.
     """
     if population.held_out is None:

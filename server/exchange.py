@@ -11,7 +11,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from fedlora import wire
+from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.server")
 

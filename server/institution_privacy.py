@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting, composition, odds
-from fedlora.adapters import AdapterState
-from fedlora.composition import Event, History
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.messages import ClientUpdate
-from fedlora.streams import RandomSource
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting, composition, odds
+from fedlora.privacy.composition import Event, History
+from fedlora.privacy.streams import RandomSource
+from fedlora.wire.messages import ClientUpdate
 from strategies import institution_dp
 from strategies.base import Round
 

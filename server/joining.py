@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedlora import records, wire
 from fedlora.arrays import Int64
-from fedlora.budget import rate_of
-from fedlora.comparison import Rows, summary, text_numbers
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.data import records
 from fedlora.errors import Refusal
-from fedlora.joining_verdict import NO_ROWS
-from fedlora.messages import EvaluateOrder, Evaluation
+from fedlora.privacy.budget import rate_of
+from fedlora.runs.comparison import Rows, summary, text_numbers
+from fedlora.runs.joining_verdict import NO_ROWS
+from fedlora.wire import wire
+from fedlora.wire.messages import EvaluateOrder, Evaluation
 from server.answers import ask
 from server.population import Population
 
@@ -39,7 +40,7 @@ def measure(
         population: The institutions and their held-out rows.
 
     Returns:
-        As `fedlora.comparison.summary`, with ``seconds``, and ``method``, or ``epsilon`` if own
+        As `runs.comparison.summary`, with ``seconds``, and ``method``, or ``epsilon`` if own
         models were trained under DP; ``not_compared`` (institution -> reason) if a reply was
         refused or an institution has no held-out rows.
     """

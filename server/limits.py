@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora.adapters import PARTS, AdapterState
+from fedlora.models.adapters import PARTS, AdapterState
 from server.replies import AWAY, SILENT
 from server.roster import LEAST, RunFailed, reasons
 from strategies import base

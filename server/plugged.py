@@ -1,4 +1,4 @@
-"""The plug-ins that a server runs: an aggregation, metrics, callbacks (`fedlora.plugins`).
+"""The plug-ins that a server runs: an aggregation, metrics, callbacks (`fedlora.config.plugins`).
 
 They see what the server sees: updates that are noised already under DP, held-out rows of the
 server, and figures of rounds. So they spend no privacy.
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fedlora import plugins
-from fedlora.adapters import AdapterState
+from fedlora.config import plugins
+from fedlora.config.sections import FederationConfig
 from fedlora.errors import Refusal
-from fedlora.metrics import Metric, Predictions
-from fedlora.sections import FederationConfig
+from fedlora.models.adapters import AdapterState
+from fedlora.models.metrics import Metric, Predictions
 from server.roster import RunFailed
 from strategies import STRATEGIES
 from strategies.base import Round, Strategy, Weighted

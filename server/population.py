@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlora import accounting, data, findings, noise_shares, records, trainable
 from fedlora.arrays import Int64
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.data import data, findings, records
+from fedlora.data.findings import Finding
+from fedlora.data.shards import Federation, Shard
 from fedlora.errors import InputError
-from fedlora.findings import Finding
-from fedlora.shards import Federation, Shard
+from fedlora.models import trainable
+from fedlora.privacy import accounting
+from fedlora.secure import noise_shares
 from strategies import robust
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora import accounting, composition, odds
-from fedlora.composition import Event, History
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.privacy import accounting, composition, odds
+from fedlora.privacy.composition import Event, History
 from server.run_directory import RunState
 from server.spending import Spending
 

@@ -9,9 +9,9 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import wire
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 from server.exchange import MALFORMED_REPLY, TIMEOUT, WORKER_DIED, exchange
 from server.spending import Spending
 from strategies import base

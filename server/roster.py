@@ -12,12 +12,14 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import fedlora
-from fedlora import findings, run_files, wire
-from fedlora.accounting import is_size_class
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.data import findings
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import Hello, Query
-from fedlora.run_files import NODES, SIZES
+from fedlora.privacy.accounting import is_size_class
+from fedlora.runs import run_files
+from fedlora.runs.run_files import NODES, SIZES
+from fedlora.wire import wire
+from fedlora.wire.messages import Hello, Query
 from server.exchange import exchange
 from server.replies import AWAY, SILENT, content
 

@@ -17,24 +17,20 @@ from typing import Any
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedlora import (
-    flower_internals,
-    model_card,
-    plugins,
-    records,
-    released,
-    secure_order,
-    startup,
-    trainable,
-    wire,
-)
-from fedlora.adapters import PARTS, AdapterState
-from fedlora.budget import delta_of
-from fedlora.config import RunConfig
+from fedlora import flower_internals, startup
+from fedlora.config import plugins
+from fedlora.config.config import RunConfig
+from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import EvaluateOrder, Query, Release, TrainOrder
-from fedlora.model_files import Origin
-from fedlora.run_files import read_records
+from fedlora.models import trainable
+from fedlora.models.adapters import PARTS, AdapterState
+from fedlora.models.model_files import Origin
+from fedlora.privacy.budget import delta_of
+from fedlora.runs import model_card
+from fedlora.runs.run_files import read_records
+from fedlora.secure import secure_order
+from fedlora.wire import released, wire
+from fedlora.wire.messages import EvaluateOrder, Query, Release, TrainOrder
 from server import (
     aggregation,
     answers,

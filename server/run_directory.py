@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedlora
-from fedlora import seal
-from fedlora.config import ENGINE_ONLY, RunConfig, load
+from fedlora.config.config import ENGINE_ONLY, RunConfig, load
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
-from fedlora.run_files import (
+from fedlora.runs import seal
+from fedlora.runs.run_files import (
     AUDITED,
     CONFIG,
     ENVIRONMENT,
@@ -42,7 +42,7 @@ from server import binding
 if TYPE_CHECKING:
     import torch
 
-    from fedlora.adapters import AdapterState
+    from fedlora.models.adapters import AdapterState
 
 MAX_CHECKPOINTS = 2
 FOREIGN_FILES = (LEDGERS, "institutions.log", SUBMISSION, AUDITED)
@@ -111,7 +111,7 @@ class RunState:
 
     def final_adapter(self) -> AdapterState:
         """The adapter that a run releases: the last one, or the mean of the last ones."""
-        from fedlora.adapters import AdapterState
+        from fedlora.models.adapters import AdapterState
 
         if not self.averaged:
             return self.adapter
@@ -256,7 +256,7 @@ class RunDirectory:
     def _read(self, path: Path) -> RunState:
         import safetensors
 
-        from fedlora.adapters import AdapterState
+        from fedlora.models.adapters import AdapterState
 
         parts: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "moments": {}, "average": {}}
         with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportUnknownVariableType]

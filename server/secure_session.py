@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora import canonical, peers, secure_order, wire
 from fedlora.arrays import Int64
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
-from fedlora.run_files import KEYS
-from fedlora.secure_aggregation import (
+from fedlora.runs.run_files import KEYS
+from fedlora.secure import canonical, peers, secure_order
+from fedlora.secure.secure_aggregation import (
     KeysMessage,
     ListMessage,
     ListOrder,
@@ -37,6 +37,7 @@ from fedlora.secure_aggregation import (
     Terms,
     UnmaskMessage,
 )
+from fedlora.wire import wire
 from server.exchange import exchange
 from server.replies import Replies, content
 from server.roster import RunFailed, patience, reasons

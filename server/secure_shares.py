@@ -2,7 +2,7 @@
 
 Each secret is checked against what its institution published before the run, so a wrong secret is
 never used. With wrong shares, the server looks for the polynomial on which most lie
-(`fedlora.shamir.correct`), and where that cannot find as many liars as may collude, it leaves out
+(`secure.shamir.correct`), and where that cannot find as many liars as may collude, it leaves out
 one institution after the other, then two, until a secret is right. The shares that do not lie on
 the polynomial are the wrong ones.
 """
@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora import shamir
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import Terms
+from fedlora.secure import shamir
+from fedlora.secure.secure_aggregation import Terms
 
 MAX_TRIES = 2000
 """Sets of shares that are tried for one secret."""
@@ -130,7 +130,7 @@ def _search(
 
 
 def _corrects(terms: Terms, present: int) -> bool:
-    """Whether `fedlora.shamir.correct` finds as many wrong shares as institutions may collude."""
+    """Whether `secure.shamir.correct` finds as many wrong shares as institutions may collude."""
     return present - terms.threshold >= 2 * terms.colluding
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedlora import masks, secure_aggregation
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import (
+from fedlora.secure import masks, secure_aggregation
+from fedlora.secure.secure_aggregation import (
     WORD_BYTES,
     KeysMessage,
     ListMessage,

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora import accounting, composition
-from fedlora.accounting import PrivacyPlan
-from fedlora.budget import delta_of, plan_run
-from fedlora.composition import Event
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import MIN_DELTA
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import PrivacySpent
-from fedlora.sections import MIN_DELTA
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.budget import delta_of, plan_run
+from fedlora.privacy.composition import Event
+from fedlora.wire.messages import PrivacySpent
 
 log = logging.getLogger("fedlora.server")
 

@@ -8,18 +8,18 @@ from typing import Any, cast
 
 import torch
 
-from fedlora import released, sources, tables
-from fedlora.adapters import AdapterState, open_for, residual_names, saved_scale
-from fedlora.config import INSTITUTIONS, RunConfig, from_flat, load
-from fedlora.encoder import is_merged
+from fedlora.config.config import INSTITUTIONS, RunConfig, from_flat, load
+from fedlora.data import sources, tables
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
-from fedlora.finished_run import origins_of_run
-from fedlora.lora_layers import Scale
-from fedlora.model_card import LABELS, is_private, source
-from fedlora.model_files import ONE_INSTITUTION, Origin, origins_of_base
-from fedlora.released import ReleaseFiles
-from fedlora.run_files import (
+from fedlora.gradients.lora_layers import Scale
+from fedlora.models.adapters import AdapterState, open_for, residual_names, saved_scale
+from fedlora.models.encoder import is_merged
+from fedlora.models.model_files import ONE_INSTITUTION, Origin, origins_of_base
+from fedlora.models.trainable import Trainable
+from fedlora.runs.finished_run import origins_of_run
+from fedlora.runs.model_card import LABELS, is_private, source
+from fedlora.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     HOME_CONFIG,
@@ -31,7 +31,8 @@ from fedlora.run_files import (
     made_at_home,
     read_run_file,
 )
-from fedlora.trainable import Trainable
+from fedlora.wire import released
+from fedlora.wire.released import ReleaseFiles
 from strategies.lowrank import carried, recompressed
 
 OF_ONE = "records of an institution, which this run may be on too"

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.run_files import PRIVACY
+from fedlora.runs.run_files import PRIVACY
 
 log = logging.getLogger("fedlora.server")
 

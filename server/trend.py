@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import composition
-from fedlora.budget import plan_run
-from fedlora.comparison import text_numbers
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError
+from fedlora.privacy import composition
+from fedlora.privacy.budget import plan_run
 from fedlora.rounding import at_most
-from fedlora.shards import Shard
+from fedlora.runs.comparison import text_numbers
 
 STANDARD_ERRORS = 2.0
 """A run may still rise if its accuracy grew by more than so many standard errors since the middle.

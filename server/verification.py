@@ -12,21 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora import (
-    accounting,
-    composition,
-    model_card,
-    model_files,
-    noise_shares,
-    odds,
-    records,
-    seal,
-)
-from fedlora.config import RunConfig, load
+from fedlora.config.config import RunConfig, load
+from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import PrivacySpent
+from fedlora.models import model_files
+from fedlora.privacy import accounting, composition, odds
 from fedlora.rounding import at_most
-from fedlora.run_files import CONFIG, ENVIRONMENT, PRIVACY, RESULT, read_records, read_run_file
+from fedlora.runs import model_card, seal
+from fedlora.runs.run_files import CONFIG, ENVIRONMENT, PRIVACY, RESULT, read_records, read_run_file
+from fedlora.secure import noise_shares
+from fedlora.wire.messages import PrivacySpent
 from server import binding, institution_privacy, privacy_statement
 from server.spending import NOISE_TOLERANCE, Spending
 

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora import accounting, files, findings, processors
-from fedlora.budget import rate_of
-from fedlora.config import RunConfig
+from fedlora import files, processors
+from fedlora.config.config import RunConfig
+from fedlora.data import findings
+from fedlora.data.findings import Finding
+from fedlora.data.shards import Federation, Shard
 from fedlora.errors import InputError, Refusal
-from fedlora.findings import Finding
-from fedlora.shards import Federation, Shard
+from fedlora.privacy import accounting
+from fedlora.privacy.budget import rate_of
+from fedlora.privacy.streams import RandomSource
 from fedlora.startup import paused_gc
-from fedlora.streams import RandomSource
 from simulation.run import prepare
 
 if TYPE_CHECKING:
-    from fedlora.accounting import PrivacyPlan
-    from fedlora.trainable import Trainable
+    from fedlora.models.trainable import Trainable
+    from fedlora.privacy.accounting import PrivacyPlan
 
 TIMED_ROWS = 64
 """The most records of the timed step, and the most held-out rows of the timed evaluation. A step of
@@ -125,7 +127,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
 def _load(config: RunConfig, records: Federation) -> "Trainable":
     with paused_gc():
-        from fedlora import trainable
+        from fedlora.models import trainable
     return trainable.load(config, records.labels)
 
 
@@ -212,8 +214,8 @@ def _ledgers(
 
 
 def _model(config: RunConfig, work: "Trainable", head: str) -> dict[str, Any]:
-    from fedlora import tasks
-    from fedlora.adapters import PARTS
+    from fedlora.models import tasks
+    from fedlora.models.adapters import PARTS
 
     adapter = sum(tensor.numel() for tensor in work.start.only(PARTS).values())
     trained = work.start.only(config.federation.traits.trained_parts)
@@ -238,7 +240,7 @@ def _cost(
     loading: float,
 ) -> dict[str, Any]:
     """Expected time and bytes, from one measured step and one measured evaluation."""
-    from fedlora import wire
+    from fedlora.wire import wire
 
     federation, names = config.federation, len(records.names)
     asked = min(federation.institutions_per_round or names, names)

@@ -12,11 +12,12 @@ from typing import Any
 
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import composition, records
-from fedlora.budget import plan_run
-from fedlora.config import RunConfig, load
+from fedlora.config.config import RunConfig, load
+from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.run_files import CONFIG, LEDGERS, PRIVACY, other_writer, read_run_file
+from fedlora.privacy import composition
+from fedlora.privacy.budget import plan_run
+from fedlora.runs.run_files import CONFIG, LEDGERS, PRIVACY, other_writer, read_run_file
 
 
 def values(run_dir: Path, more: int) -> dict[str, Any]:

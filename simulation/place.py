@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from fedlora import sources
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.data import sources
 from fedlora.errors import InputError
 from fedlora.files import expanded
-from fedlora.run_files import CONFIG, is_complete
+from fedlora.runs.run_files import CONFIG, is_complete
 from server.run_directory import RunDirectory
 
 

@@ -11,11 +11,12 @@ from rich.live import Live
 from rich.styled import Styled
 from rich.table import Table
 
-from fedlora import joining_verdict, metrics
-from fedlora.config import RunConfig
-from fedlora.joining_verdict import Outcome
+from fedlora.config.config import RunConfig
+from fedlora.models import metrics
 from fedlora.rounding import at_most, number
-from fedlora.run_files import (
+from fedlora.runs import joining_verdict
+from fedlora.runs.joining_verdict import Outcome
+from fedlora.runs.run_files import (
     CONFIG,
     PRIVACY,
     ROUNDS,
@@ -46,7 +47,7 @@ def progress(config: RunConfig, grid: "SimulationGrid", console: Terminal) -> It
     that has done so. The run's directory is named, and `link_latest` points at it, once the run is
     accepted, which is when its configuration is written.
     """
-    from fedlora import wire  # loads torch, which this module's other functions do without
+    from fedlora.wire import wire  # loads torch, which this module's other functions do without
 
     done = threading.Event()
     started = time.monotonic()

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora import logs, processors
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
+from fedlora.config.sections import check_gpu, check_threads
 from fedlora.errors import InputError, Refusal
 from fedlora.extras import require
-from fedlora.run_files import CONFIG, LEDGERS, alone, is_complete, read_run_file
-from fedlora.sections import check_gpu, check_threads
+from fedlora.runs.run_files import CONFIG, LEDGERS, alone, is_complete, read_run_file
 from fedlora.startup import paused_gc
 from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
-    from fedlora.shards import Federation
+    from fedlora.data.shards import Federation
     from simulation.engines.forkserver import ForkServer
     from simulation.engines.grid import SimulationGrid
 
@@ -54,7 +54,7 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     with console.status("reading records"):
         records = prepare(config)
         with paused_gc():
-            from fedlora.findings import lost
+            from fedlora.data.findings import lost
             from server import population
         found = population.check(config, records)
     console.write_line(f"{len(records.names)} institutions, {records.counts['rows']:,} rows")
@@ -101,7 +101,7 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
         pidfds; and in a process that has imported Ray, as each has after its first run on Ray.
 
     Raises:
-        InputError: As `prepare` and `fedlora.budget.plan_run`; also if the base model cannot be
+        InputError: As `prepare` and `privacy.budget.plan_run`; also if the base model cannot be
             loaded, there is no GPU for `engine.gpus`, or no cluster answers at its address.
     """
     if kind == "ray":
@@ -115,7 +115,8 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
         from client import private_home
-        from fedlora import findings, trainable
+        from fedlora.data import findings
+        from fedlora.models import trainable
 
         if config.privacy.enabled:  # an impossible budget is refused; forks inherit its noise
             cap = config.federation.participations(len(records.names))
@@ -204,7 +205,7 @@ def open_engine(
         config: The run; this function reads its engine keys and its run directory.
         forks: What `load` yields for the same run.
     """
-    from fedlora import records
+    from fedlora.data import records
 
     log = str(Path(config.run_dir) / "institutions.log")
     settings, federation = config.engine, records.load(config)
@@ -237,7 +238,7 @@ def open_engine(
 
 def _costs(config: RunConfig, records: "Federation") -> list[float]:
     """Return the expected tokens of a training step of each institution."""
-    from fedlora.budget import rate_of
+    from fedlora.privacy.budget import rate_of
 
     shards = (records.train(index) for index in range(len(records.names)))
     return [rate_of(config, shard) * float(shard.lengths.sum()) for shard in shards]
@@ -249,7 +250,8 @@ def prepare(config: RunConfig) -> "Federation":
     Raises:
         InputError: Naming value, bound and remedy.
     """
-    from fedlora import plugins, records
+    from fedlora.config import plugins
+    from fedlora.data import records
     from fedlora.files import existing_parent, expanded
 
     if config.deployed:

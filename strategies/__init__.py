@@ -1,11 +1,11 @@
 """Aggregation: one paper, one file, one pure ``aggregate`` each; `base` holds the shared parts.
 
-A strategy is the file ``strategies/NAME.py`` and its line in `fedlora.strategy_table`.
+A strategy is the file ``strategies/NAME.py`` and its line in `fedlora.config.strategy_table`.
 """
 
 import importlib
 
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.config.strategy_table import STRATEGY_TABLE
 from strategies.base import Strategy
 
 STRATEGIES: dict[str, Strategy] = {

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora.accounting import is_size_class
-from fedlora.adapters import PARTS, AdapterState, Part
 from fedlora.errors import Refusal
-from fedlora.lora_layers import Scale
-from fedlora.messages import ClientUpdate
-from fedlora.streams import RandomSource
+from fedlora.gradients.lora_layers import Scale
+from fedlora.models.adapters import PARTS, AdapterState, Part
+from fedlora.privacy.accounting import is_size_class
+from fedlora.privacy.streams import RandomSource
+from fedlora.wire.messages import ClientUpdate
 
 MAX_VALUE = 2.0**10
 """Largest magnitude of a value in an update that counts."""
@@ -112,7 +112,7 @@ def the_global_adapter(this_round: Round, rank: int) -> AdapterState:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """The algorithm that combines adapters into one; `fedlora.strategy_table` has its traits.
+    """The algorithm that combines adapters into one; `config.strategy_table` has its traits.
 
     Args:
         aggregate: A pure function of the round and its valid updates, in any order of arrival. It

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fedlora import wire
-from fedlora.adapters import factor_names
-from fedlora.messages import ClientUpdate
+from fedlora.models.adapters import factor_names
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 from strategies.base import Round, Weighted
 from strategies.products import Product
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Floats
-from fedlora.streams import RandomSource
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.streams import RandomSource
 from strategies import products
 from strategies.base import Round, Weighted
 from strategies.lowrank import carried

@@ -18,7 +18,7 @@ Fine-Tuning of Foundation Models, arXiv 2410.09432.
 
 from collections.abc import Iterable
 
-from fedlora.adapters import AdapterState, residual_names
+from fedlora.models.adapters import AdapterState, residual_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect

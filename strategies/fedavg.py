@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
+from fedlora.models.adapters import AdapterState
 from strategies.base import Round, Strategy, Weighted
 
 CHUNK = 1 << 16  # values at a time: the scratch arrays stay in the processor's cache

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, Factors
+from fedlora.models.adapters import AdapterState, Factors
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 

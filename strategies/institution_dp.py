@@ -21,11 +21,11 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.noise_grid import on_grid
-from fedlora.streams import RandomSource
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.noise_grid import on_grid
+from fedlora.privacy.streams import RandomSource
+from fedlora.wire.messages import ClientUpdate
 from strategies.base import length
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.adapters import Factors
+from fedlora.models.adapters import Factors
 from strategies.products import Product
 
 ZERO_SINGULAR_SHARE = 1e-9

@@ -1,7 +1,7 @@
 r"""The step of DP-SGD on the union of all institutions' records, from the sum of their vectors.
 
 Each vector is an institution's sum of clipped gradients on a grid, plus its share of noise
-(`fedlora.noise_shares`). With the size classes :math:`N_u` of the institutions in the sum, the
+(`secure.noise_shares`). With the size classes :math:`N_u` of the institutions in the sum, the
 sample rate q, the grid's spacing g and the learning rate :math:`\eta`, the new adapter is
 
 .. math:: w - \eta \, \frac{g \sum_u x_u}{q \sum_u N_u}
@@ -12,8 +12,8 @@ Reference: Abadi et al. (2016), arXiv 1607.00133; sums of noise shares: Kairouz,
 
 import torch
 
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Int64
+from fedlora.models.adapters import AdapterState
 
 
 def step(before: AdapterState, total: Int64, scale: float) -> AdapterState:

@@ -32,7 +32,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, Factors, factor_names
+from fedlora.models.adapters import AdapterState, Factors, factor_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fedlora.adapters import Factors, factor_names
 from fedlora.arrays import Floats
+from fedlora.models.adapters import Factors, factor_names
 from strategies.base import Round
 
 Tensors = Callable[[str], Sequence[torch.Tensor]]

@@ -26,11 +26,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from fedlora.adapters import AdapterState, kind
 from fedlora.arrays import Floats
+from fedlora.config.sections import COORDINATE_WISE
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.sections import COORDINATE_WISE
+from fedlora.models.adapters import AdapterState, kind
+from fedlora.wire.messages import ClientUpdate
 from strategies import products
 from strategies.base import Aggregate, Round, Weighted
 from strategies.collected import Collected, collect

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlora.adapters import AdapterState, kind
+from fedlora.models.adapters import AdapterState, kind
 
 BETA1, BETA2, TAU = 0.9, 0.99, 1e-8
 

@@ -20,9 +20,9 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.adapters import AdapterState, Factors, residual_names
-from fedlora.lora import fresh_a
-from fedlora.streams import RandomSource
+from fedlora.models.adapters import AdapterState, Factors, residual_names
+from fedlora.models.lora import fresh_a
+from fedlora.privacy.streams import RandomSource
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import collect
 from strategies.lowrank import carried, recompressed

@@ -37,7 +37,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fedlora.adapters import AdapterState, Factors
+from fedlora.models.adapters import AdapterState, Factors
 from strategies.base import Round, Strategy, Weighted
 from strategies.collected import Collected, collect
 from strategies.lowrank import truncated_svd

@@ -129,7 +129,7 @@ def write_complaints(path: Path) -> None:
 @pytest.fixture
 def tiny_config(tmp_path, tiny_encoder, complaints):
     """Makes a RunConfig over the tiny encoder and the complaints; keyword values win."""
-    from fedlora import config
+    from fedlora.config import config
 
     def make(**values):
         base = {

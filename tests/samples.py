@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlora import comparison
-from fedlora.adapters import PARTS, AdapterState
-from fedlora.messages import ClientUpdate, PrivacySpent, TrainOrder
+from fedlora.models.adapters import PARTS, AdapterState
+from fedlora.runs import comparison
+from fedlora.wire.messages import ClientUpdate, PrivacySpent, TrainOrder
 
 
 def write_csv(path, rows):

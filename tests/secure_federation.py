@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secure_party import SecureParty
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import (
+from fedlora.secure.secure_aggregation import (
     KeysMessage,
     ListMessage,
     MaskedMessage,

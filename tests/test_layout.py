@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import sweep
-from fedlora import config
+from fedlora.config import config
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {

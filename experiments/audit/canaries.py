@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from fedlora.arrays import Int64
-from fedlora.config import RunConfig
-from fedlora.csv_files import PLAIN
+from fedlora.config.config import RunConfig
+from fedlora.data.csv_files import PLAIN
+from fedlora.data.partition import normalise
+from fedlora.data.rows import Table, partition_rows
 from fedlora.errors import InputError
-from fedlora.partition import normalise
-from fedlora.rows import Table, partition_rows
-from fedlora.streams import RandomSource
+from fedlora.privacy.streams import RandomSource
 
 KINDS = ("wrong label", "random words", "secret")
 RANDOM_WORDS = 10  # words of a text of random words

@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 
 from client.dp_sgd import Clipping
 from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
-from fedlora import lora_layers, noise_shares, records, wire
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import AdapterState
 from fedlora.arrays import Floats
-from fedlora.budget import plan_run
-from fedlora.config import RunConfig
-from fedlora.messages import ClientUpdate
-from fedlora.shards import Shard
-from fedlora.trainable import Trainable, training_mode
+from fedlora.config.config import RunConfig
+from fedlora.data import records
+from fedlora.data.shards import Shard
+from fedlora.gradients import lora_layers
+from fedlora.models.adapters import AdapterState
+from fedlora.models.trainable import Trainable, training_mode
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.budget import plan_run
+from fedlora.secure import noise_shares
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 from simulation.engines.grid import SimulationGrid
 
 RIDGE_FRACTION = 1e-3  # ridge without noise, as a fraction of the mean squared gradient norm

@@ -33,19 +33,20 @@ from experiments.audit.observed import (
     noise_reuse,
     scores,
 )
-from fedlora import data, records, trainable
-from fedlora.adapters import open_for
 from fedlora.arrays import Floats
-from fedlora.config import ACCEPTABLE, RunConfig
-from fedlora.csv_files import PLAIN
+from fedlora.config.config import ACCEPTABLE, RunConfig
+from fedlora.data import data, records
+from fedlora.data.csv_files import PLAIN
+from fedlora.data.rows import partition_rows
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
-from fedlora.rows import partition_rows
-from fedlora.run_files import AUDITED, CONFIG, PRIVACY, finite, read_run_file
-from fedlora.shards import Shard
-from fedlora.streams import RandomSource
+from fedlora.models import trainable
+from fedlora.models.adapters import open_for
+from fedlora.models.trainable import Trainable
+from fedlora.privacy.streams import RandomSource
+from fedlora.runs.run_files import AUDITED, CONFIG, PRIVACY, finite, read_run_file
 from fedlora.terminal import Terminal
-from fedlora.trainable import Trainable
 from simulation.progress import progress
 from simulation.run import check_engine, load, open_engine, run_rounds
 

@@ -8,8 +8,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import wire
 from fedlora.flower_internals import set_identity
+from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.simulation")
 RUN_ID = 1

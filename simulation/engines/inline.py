@@ -7,8 +7,8 @@ from typing import Any
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedlora import wire
 from fedlora.flower_internals import set_message_id
+from fedlora.wire import wire
 from simulation.engines.grid import MAX_MESSAGES_PER_CALL, SimulationGrid, call_together, fitting
 
 

@@ -30,10 +30,11 @@ from ray._private.node import Node
 from ray._private.state import GlobalState
 from ray.exceptions import RayError, RayTaskError
 
-from fedlora import logs, wire
+from fedlora import logs
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
 from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
+from fedlora.wire import wire
 from server.exchange import TIMEOUT, WORKER_DIED
 from server.roster import UNTIMED_TOGETHER
 from simulation.engines.forkserver import ForkServer

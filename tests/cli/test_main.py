@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 import fedlora
 import server.rounds
 from cli.main import app
-from fedlora import FederationConfig, PrivacyConfig, RunConfig, TrainingConfig, records
-from fedlora.budget import plan_run
-from tests.fedlora.test_export import causal_run, llama_cpp, tiny_causal  # noqa: F401
+from fedlora import FederationConfig, PrivacyConfig, RunConfig, TrainingConfig
+from fedlora.data import records
+from fedlora.privacy.budget import plan_run
+from tests.fedlora.models.test_export import causal_run, llama_cpp, tiny_causal  # noqa: F401
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")

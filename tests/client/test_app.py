@@ -12,11 +12,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 import fedlora
 from client import app
 from client.institution import Institution
-from fedlora import messages, processors, run_files, wire
-from fedlora.budget import plan_run
+from fedlora import processors
+from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import Query
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.privacy.budget import plan_run
+from fedlora.runs import run_files
+from fedlora.wire import messages, wire
+from fedlora.wire.messages import Query
 from simulation.engines.grid import identify
 from tests.samples import train_order
 
@@ -164,7 +166,8 @@ def test_a_package_that_is_missing_is_named_in_the_log(tiny_config, monkeypatch,
 
 
 def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
-    from fedlora import records, trainable
+    from fedlora.data import records
+    from fedlora.models import trainable
 
     config = tiny_config()
     work = trainable.load(config, records.load(config).labels)
@@ -176,7 +179,8 @@ def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
 
 
 def test_an_order_for_another_base_is_refused(tiny_config):
-    from fedlora import records, trainable
+    from fedlora.data import records
+    from fedlora.models import trainable
 
     config = tiny_config()
     work = trainable.load(config, records.load(config).labels)
@@ -225,7 +229,8 @@ def test_a_ledger_that_another_run_makes_at_the_same_moment_is_opened(tiny_confi
 @pytest.fixture
 def ask_banks(tiny_config, tmp_path):
     """Gives a function that sends train orders to banks and returns what each one answers."""
-    from fedlora import records, trainable
+    from fedlora.data import records
+    from fedlora.models import trainable
 
     identify()
 

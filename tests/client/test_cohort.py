@@ -6,7 +6,8 @@ import torch
 
 from client import cohort
 from client.institution import Institution
-from fedlora import adapters, records, trainable
+from fedlora.data import records
+from fedlora.models import adapters, trainable
 from tests.samples import train_order
 
 

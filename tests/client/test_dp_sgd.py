@@ -10,7 +10,7 @@ from scipy import stats
 
 from client.dp_sgd import Clipping, PoissonSampler, PrivateOptimizer, check_noise
 from fedlora.errors import Refusal
-from fedlora.streams import RandomSource
+from fedlora.privacy.streams import RandomSource
 
 
 def _optimizer(parameters, *, sigma=1.0, clipping="flat", bound=1.0, lr=1.0, cls=PrivateOptimizer):

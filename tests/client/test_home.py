@@ -13,15 +13,16 @@ from client import alone_models, home, home_cohort, home_training
 from client.home import WEIGHTS, mixed, models_alone, models_at_home
 from client.home_models import Choice, Setting
 from client.institution import Institution
-from fedlora import models, records, trainable
-from fedlora.adapters import AdapterState
-from fedlora.comparison import text_numbers
-from fedlora.data import shard_of
-from fedlora.encoding import Encoded
+from fedlora.data import records
+from fedlora.data.data import shard_of
+from fedlora.data.encoding import Encoded
+from fedlora.data.shards import Federation
 from fedlora.errors import InputError
-from fedlora.messages import EvaluateOrder
-from fedlora.shards import Federation
-from fedlora.streams import RandomSource
+from fedlora.models import models, trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.streams import RandomSource
+from fedlora.runs.comparison import text_numbers
+from fedlora.wire.messages import EvaluateOrder
 from tests.client.test_home_training import moved, with_residual
 
 SMALL = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}

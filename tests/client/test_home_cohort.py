@@ -9,12 +9,14 @@ import torch
 from client import home, home_cohort, private_home
 from client.institution import Institution
 from client.ledger import Ledger
-from fedlora import composition, records, trainable
-from fedlora.adapters import AdapterState
-from fedlora.composition import Event
+from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import EvaluateOrder, Query
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import composition
+from fedlora.privacy.composition import Event
 from fedlora.rounding import at_most
+from fedlora.wire.messages import EvaluateOrder, Query
 from server import privacy_statement
 from simulation import check
 from tests.client.test_home_training import moved, with_residual

@@ -18,14 +18,17 @@ from cli.main import app as cli
 from client import app, config_policy, home, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
-from fedlora import data, finished_run, records, released, trainable, wire
-from fedlora.adapters import AdapterState
-from fedlora.composition import Event
-from fedlora.config import UNRELEASED
+from fedlora.config.config import UNRELEASED
+from fedlora.data import data, records
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import Release
-from fedlora.model_files import ONE_INSTITUTION
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.models.model_files import ONE_INSTITUTION
+from fedlora.privacy.composition import Event
 from fedlora.rounding import at_most
+from fedlora.runs import finished_run
+from fedlora.wire import released, wire
+from fedlora.wire.messages import Release
 from library.result import Result
 from simulation.engines.grid import identify
 from tests.samples import write_csv

@@ -10,10 +10,11 @@ import torch
 from client import home_training
 from client.home_training import HomePlan, Trainee, _TailMeans, expected_errors, train_at_home
 from client.training import shuffled
-from fedlora import records, trainable
-from fedlora.adapters import PARTS, AdapterState, kind, parameters, residual_names
-from fedlora.lora_layers import lora_layers
-from fedlora.streams import RandomSource
+from fedlora.data import records
+from fedlora.gradients.lora_layers import lora_layers
+from fedlora.models import trainable
+from fedlora.models.adapters import PARTS, AdapterState, kind, parameters, residual_names
+from fedlora.privacy.streams import RandomSource
 
 PLAN = HomePlan(batch_size=16, physical_batch=8, learning_rate=0.01, head_learning_rate=0.03)
 ROUNDING = 1e-3

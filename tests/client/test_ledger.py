@@ -16,10 +16,10 @@ import pytest
 
 from client import ledger_file
 from client.ledger import Ledger
-from fedlora import composition
-from fedlora.composition import Event, epsilon
 from fedlora.errors import InputError, Refusal
-from fedlora.streams import RandomSource
+from fedlora.privacy import composition
+from fedlora.privacy.composition import Event, epsilon
+from fedlora.privacy.streams import RandomSource
 
 DELTA = 1e-5
 STEP = Event(noise_multiplier=2.0, sample_rate=0.25, steps=1)
@@ -137,7 +137,7 @@ def test_a_plan_that_fits_is_evaluated_once_for_all_its_rounds(path: Path, monke
         asked.append(composition.compose(history))
         return 0.0
 
-    monkeypatch.setattr("fedlora.composition.epsilon", count)
+    monkeypatch.setattr("fedlora.privacy.composition.epsilon", count)
     with Ledger.open(path) as ledger:
         for round in (1, 2, 4, 5):  # it was not drawn for round 3
             charge(ledger, round, planned=(steps(5),))

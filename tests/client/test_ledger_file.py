@@ -16,8 +16,8 @@ import pytest
 from client import ledger_file
 from client.ledger import Ledger
 from fedlora import files
-from fedlora.composition import Event
 from fedlora.errors import InputError, Refusal
+from fedlora.privacy.composition import Event
 
 DELTA = 1e-4
 STEP = Event(noise_multiplier=2.0, sample_rate=0.25, steps=1)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from client.noise_share import noised_words
-from fedlora import discrete_gaussian, noise_shares
-from fedlora.accounting import PrivacyPlan
 from fedlora.errors import Refusal
-from fedlora.streams import RandomSource
+from fedlora.privacy import discrete_gaussian
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
+from fedlora.secure import noise_shares
 
 KEY = RandomSource(b"k" * 32).child("noise-share").key
 

@@ -15,14 +15,18 @@ from client import checks, config_policy
 from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora import accounting, adapters, composition, noise_shares, records, trainable, wire
-from fedlora.adapters import AdapterState
-from fedlora.budget import plan_run
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.config.sections import AdapterConfig
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.data import records
+from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
-from fedlora.sections import AdapterConfig
-from fedlora.shards import Shard
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.models import adapters, trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.budget import plan_run
+from fedlora.secure import noise_shares
+from fedlora.wire import wire
 from tests.samples import train_order
 
 ALL = adapters.PARTS

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from benchmarks import families
 from client import passes, private_training, training
-from fedlora import exactness, trainable
-from fedlora.accounting import PrivacyPlan
-from fedlora.data import shard_of
-from fedlora.encoding import Encoded
-from fedlora.sft import PART
-from fedlora.streams import RandomSource
+from fedlora.data.data import shard_of
+from fedlora.data.encoding import Encoded
+from fedlora.gradients import exactness
+from fedlora.models import trainable
+from fedlora.models.sft import PART
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
 from tests.client.unit_gradients import dropout, set_values, unit_gradients
 
 LONGEST = 160

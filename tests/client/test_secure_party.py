@@ -19,9 +19,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client import ledger_file, secure_store
-from fedlora import noise_shares, secure_aggregation
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import (
+from fedlora.secure import noise_shares, secure_aggregation
+from fedlora.secure.secure_aggregation import (
     KeysMessage,
     ListOrder,
     MaskedMessage,

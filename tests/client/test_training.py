@@ -12,11 +12,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client import passes, private_training, training
 from client.gradients import _passes
-from fedlora import adapters, lora_layers, records, trainable
-from fedlora.accounting import PrivacyPlan
-from fedlora.adapters import AdapterState
-from fedlora.config import from_flat
-from fedlora.streams import RandomSource
+from fedlora.config.config import from_flat
+from fedlora.data import records
+from fedlora.gradients import lora_layers
+from fedlora.models import adapters, trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.accounting import PrivacyPlan
+from fedlora.privacy.streams import RandomSource
 from tests.client.unit_gradients import dropout, set_values, unit_gradients
 
 FAST = [("lora", "none", "fp32"), ("dora", "none", "fp32")]

@@ -4,7 +4,7 @@ import torch
 
 from client import training
 from client.gradients import SampledUnits, packed_gradients, padded_gradients
-from fedlora.streams import RandomSource
+from fedlora.privacy.streams import RandomSource
 
 _DROPOUT = RandomSource.seeded("test", 1)
 

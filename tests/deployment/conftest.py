@@ -20,10 +20,10 @@ import tomli_w
 
 from client.ledger import Ledger
 from deployment import executor
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.config.sections import INSTITUTIONS
 from fedlora.files import write_atomic
-from fedlora.run_files import NODES, SIZES, read_records
-from fedlora.sections import INSTITUTIONS
+from fedlora.runs.run_files import NODES, SIZES, read_records
 from tests.deployment import harness, remote
 from tests.samples import write_csv
 

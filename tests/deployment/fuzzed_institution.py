@@ -17,10 +17,11 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from client.app import app
 from client.ledger import Ledger
-from fedlora import trainable, wire
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
 from fedlora.errors import Refusal
-from fedlora.messages import Query
+from fedlora.models import trainable
+from fedlora.wire import wire
+from fedlora.wire.messages import Query
 from simulation.engines.grid import identify
 from tests.samples import train_order
 

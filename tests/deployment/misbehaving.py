@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from flwr.app import Message
 
-from fedlora import wire
-from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate
+from fedlora.models.adapters import AdapterState
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 
 _spec = importlib.util.spec_from_file_location("client._honest", "/honest/app.py")
 assert _spec and _spec.loader

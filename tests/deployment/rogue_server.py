@@ -7,9 +7,9 @@ from pathlib import Path
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import wire
 from fedlora.errors import Refusal
-from fedlora.messages import Query
+from fedlora.wire import wire
+from fedlora.wire.messages import Query
 
 app = ServerApp()
 

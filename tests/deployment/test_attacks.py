@@ -23,11 +23,11 @@ from flwr.superlink.routers.control.router import router as control
 from flwr.superlink.routers.fleet.router import router as fleet
 
 from deployment import keys
-from fedlora import wire
-from fedlora.adapters import AdapterState
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.run_files import NODES
+from fedlora.models.adapters import AdapterState
+from fedlora.runs.run_files import NODES
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 from tests.deployment import harness
 from tests.deployment.conftest import PLAIN, PRIVATE, rehearsal
 

@@ -19,9 +19,9 @@ from cli.main import app
 from client import secure_store, settings
 from client.ledger import Ledger
 from deployment import check, keys, node, setup
-from fedlora import peers
-from fedlora.composition import Event
 from fedlora.errors import InputError
+from fedlora.privacy.composition import Event
+from fedlora.secure import peers
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,10 +20,10 @@ from client import config_policy
 from client.config_policy import KEYS, Taken
 from client.ledger import Ledger
 from client.settings import Settings
-from fedlora.config import RunConfig, from_flat
+from fedlora.config.config import RunConfig, from_flat
+from fedlora.config.sections import INSTITUTIONS, MAX_LIST_TEXT, MIN_DELTA
+from fedlora.config.settings_schema import kebab
 from fedlora.errors import InputError, Refusal
-from fedlora.sections import INSTITUTIONS, MAX_LIST_TEXT, MIN_DELTA
-from fedlora.settings_schema import kebab
 from tests.deployment.harness import ROOT
 from tests.samples import write_csv
 

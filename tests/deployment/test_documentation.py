@@ -8,7 +8,7 @@ import pytest
 from client import config_policy
 from client.settings import Settings
 from deployment import setup
-from fedlora import config
+from fedlora.config import config
 from tests.deployment.harness import ROOT
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()

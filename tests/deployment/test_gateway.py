@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 
 from deployment import setup
-from fedlora import noise_shares, shamir, wire
-from fedlora.secure_aggregation import MAX_TEXT_CHARACTERS, SharesMessage
+from fedlora.secure import noise_shares, shamir
+from fedlora.secure.secure_aggregation import MAX_TEXT_CHARACTERS, SharesMessage
+from fedlora.wire import wire
 from tests.deployment.harness import ROOT
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -13,13 +13,13 @@ from client.institution import Institution
 from client.ledger import Ledger
 from client.releases import Releases
 from deployment import setup
-from fedlora import wire
-from fedlora.adapters import AdapterState
-from fedlora.budget import plan_run
+from fedlora.config.sections import INSTITUTIONS
 from fedlora.errors import InputError, Refusal
-from fedlora.released import ReleaseFiles
-from fedlora.run_files import SIZES, read_records
-from fedlora.sections import INSTITUTIONS
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.budget import plan_run
+from fedlora.runs.run_files import SIZES, read_records
+from fedlora.wire import wire
+from fedlora.wire.released import ReleaseFiles
 from server import binding, roster, rounds, verification
 from server.roster import RunFailed
 from server.rounds import Federation

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 from tests.deployment.conftest import NAMES, rehearsal
 
 pytestmark = pytest.mark.slow

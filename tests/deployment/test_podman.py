@@ -23,8 +23,8 @@ import pytest
 import yaml
 
 from benchmarks import measure
-from fedlora.config import from_flat
-from fedlora.run_files import read_records
+from fedlora.config.config import from_flat
+from fedlora.runs.run_files import read_records
 from tests.deployment import harness
 from tests.deployment.conftest import MODEL, NAMES, PLAIN, as_in_an_image, prepare
 

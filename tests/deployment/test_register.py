@@ -13,8 +13,8 @@ from flwr.supercore.constant import NodeStatus
 
 from deployment import keys, superlink_client
 from deployment.errors import FileError
-from fedlora import peers
-from fedlora.run_files import KEYS, NODES, SIZES
+from fedlora.runs.run_files import KEYS, NODES, SIZES
+from fedlora.secure import peers
 
 
 class SuperLink:

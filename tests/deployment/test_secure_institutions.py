@@ -13,15 +13,16 @@ import server.app
 from client import institution
 from client.ledger import Ledger
 from deployment import keys, setup
-from fedlora import peers, secure_order, wire
-from fedlora.run_files import KEYS, read_records
-from fedlora.secure_aggregation import (
+from fedlora.runs.run_files import KEYS, read_records
+from fedlora.secure import peers, secure_order
+from fedlora.secure.secure_aggregation import (
     ListOrder,
     SharesOrder,
     Terms,
     UnmaskMessage,
     UnmaskOrder,
 )
+from fedlora.wire import wire
 from server import binding, secure_session, verification
 from server.roster import RunFailed
 from simulation.engines.grid import run_server

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from cli.main import app
 from client import settings
 from deployment import check, keys, node, setup
-from fedlora import config, peers
+from fedlora.config import config
 from fedlora.errors import InputError
+from fedlora.secure import peers
 
 
 @pytest.fixture

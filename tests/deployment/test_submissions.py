@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from deployment import keeper, keys, submissions, superlink_client
 from deployment.errors import FlowerError, Unanswered
-from fedlora import config
+from fedlora.config import config
 from fedlora.errors import InputError
 
 
@@ -1060,7 +1060,7 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
 
 
 def test_two_servers_never_run_in_one_directory(tmp_path):
-    from fedlora.run_files import alone
+    from fedlora.runs.run_files import alone
 
     held = threading.Event()
 

@@ -18,10 +18,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client import settings
 from deployment import executor, launcher, trainer
-from fedlora import records, trainable, wire
+from fedlora.config.sections import ModelConfig
+from fedlora.data import records
 from fedlora.errors import Refusal
 from fedlora.files import write_atomic
-from fedlora.sections import ModelConfig
+from fedlora.models import trainable
+from fedlora.wire import wire
 from tests.deployment import harness
 
 SECRET = "Jane Doe, account 4711"

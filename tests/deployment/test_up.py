@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 from tests.deployment.conftest import LABELS, PLAIN, rehearsal, split
 from tests.samples import write_csv
 

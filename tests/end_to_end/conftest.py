@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import RunConfig
+from fedlora.config.config import RunConfig
 from simulation import run
 
 FORK_SERVER = """

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora import trainable
-from fedlora.adapters import AdapterState
-from fedlora.config import load
-from fedlora.models import fast_bf16
+from fedlora.config.config import load
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.models.models import fast_bf16
 
 RECORDED = Path(__file__).with_name("digests.json")
 DEMO = Path(__file__).parents[2] / "experiments" / "configs" / "demo.toml"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlora import records, trainable
-from fedlora.adapters import AdapterState
-from fedlora.config import from_flat
-from fedlora.run_files import read_records
-from fedlora.sections import METHODS
+from fedlora.config.config import from_flat
+from fedlora.config.sections import METHODS
+from fedlora.data import records
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
+from fedlora.runs.run_files import read_records
 from tests.conftest import shared_data
 
 LABELS = ("negative", "neutral", "positive")

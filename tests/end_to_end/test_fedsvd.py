@@ -11,10 +11,12 @@ from peft import PeftModel
 from client.dp_sgd import Clipping
 from client.institution import Institution
 from client.private_round import train_rounds
-from fedlora import models, records, trainable, wire
-from fedlora.adapters import AdapterState, kind
+from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.run_files import read_records
+from fedlora.models import models, trainable
+from fedlora.models.adapters import AdapterState, kind
+from fedlora.runs.run_files import read_records
+from fedlora.wire import wire
 from tests.samples import final_adapter
 
 FEDSVD = {

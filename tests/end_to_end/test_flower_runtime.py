@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 
 ROOT = Path(__file__).parents[2]
 MINUTES = 6

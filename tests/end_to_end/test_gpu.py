@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora import records, trainable
-from fedlora.adapters import AdapterState
+from fedlora.data import records
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
 
 pytestmark = [
     pytest.mark.gpu,

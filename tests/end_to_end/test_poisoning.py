@@ -7,7 +7,7 @@ import random
 import pytest
 
 from client.institution import Institution
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 
 ATTACKERS = (1, 4, 7)
 RULES = ("norm-bound", "median", "trimmed-mean", "krum", "multi-krum")

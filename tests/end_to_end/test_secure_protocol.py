@@ -9,9 +9,9 @@ import client.app
 import server.app
 from client import secure_store
 from client.ledger import Ledger
-from fedlora import wire
 from fedlora.errors import Refusal
-from fedlora.run_files import read_records
+from fedlora.runs.run_files import read_records
+from fedlora.wire import wire
 from server import verification
 from server.roster import RunFailed
 from simulation import run
@@ -242,7 +242,7 @@ def test_an_order_without_a_mask_is_refused_before_a_charge(both):
 def test_a_message_of_the_protocol_in_a_run_without_it_is_refused(both):
     from flwr.app import Message
 
-    from fedlora.secure_aggregation import ListOrder
+    from fedlora.secure.secure_aggregation import ListOrder
 
     ideal, _ = both()
     with run.load("inline", ideal):

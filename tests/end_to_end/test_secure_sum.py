@@ -10,21 +10,17 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import (
-    accounting,
-    composition,
-    discrete_gaussian,
-    lora_layers,
-    noise_shares,
-    records,
-    trainable,
-)
-from fedlora.adapters import PARTS, kind
-from fedlora.budget import plan_run
+from fedlora.data import records
 from fedlora.errors import InputError
+from fedlora.gradients import lora_layers
+from fedlora.models import trainable
+from fedlora.models.adapters import PARTS, kind
+from fedlora.privacy import accounting, composition, discrete_gaussian
+from fedlora.privacy.budget import plan_run
+from fedlora.privacy.streams import RandomSource
 from fedlora.rounding import at_most
-from fedlora.run_files import read_records
-from fedlora.streams import RandomSource
+from fedlora.runs.run_files import read_records
+from fedlora.secure import noise_shares
 from fedlora.terminal import Terminal
 from server import roster
 from server.population import population_of

@@ -15,12 +15,14 @@ import torch
 
 import fedlora
 from client.ledger import Ledger
-from fedlora import composition, models, records, trainable
-from fedlora.adapters import AdapterState, kind
-from fedlora.budget import plan_run
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.run_files import read_records
+from fedlora.models import models, trainable
+from fedlora.models.adapters import AdapterState, kind
+from fedlora.privacy import composition
+from fedlora.privacy.budget import plan_run
+from fedlora.runs.run_files import read_records
 from server.privacy_statement import NO_PROMISE_WITH_SEED, largest_epsilon, statement
 from server.roster import RunFailed
 from server.run_directory import RunDirectory, RunState

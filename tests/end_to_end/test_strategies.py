@@ -14,11 +14,14 @@ from client import training
 from client.institution import Institution
 from client.local_parts import LocalParts
 from client.private_round import train_rounds
-from fedlora import finished_run, models, records, trainable, wire
-from fedlora.adapters import AdapterState, kind, residual_names
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.run_files import read_records
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.models import models, trainable
+from fedlora.models.adapters import AdapterState, kind, residual_names
+from fedlora.runs import finished_run
+from fedlora.runs.run_files import read_records
+from fedlora.wire import wire
 from server.run_directory import RunDirectory
 from tests.samples import train_order
 

@@ -30,8 +30,11 @@ from experiments.audit.observed import (
     views,
 )
 from experiments.audit.run import check
-from fedlora import discrete_gaussian, records, trainable, wire
+from fedlora.data import records
 from fedlora.errors import InputError
+from fedlora.models import trainable
+from fedlora.privacy import discrete_gaussian
+from fedlora.wire import wire
 from simulation.run import load, open_engine, run_rounds
 
 # The tiny encoder's gradients lie in few dimensions: with few records canaries can be told apart.

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from cli.main import app
 from experiments import best_plan
 from experiments.best_plan import TOLERANCE, search
-from fedlora import accounting, composition
-from fedlora.composition import Event
 from fedlora.errors import InputError
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.composition import Event
 
 
 @pytest.fixture(autouse=True)

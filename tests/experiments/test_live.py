@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from experiments import live, live_state
-from fedlora.run_files import read_records
+from fedlora.runs.run_files import read_records
 
 NAMES = ("Alpha", "<b>Beta</b>")
 

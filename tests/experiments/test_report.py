@@ -18,9 +18,10 @@ from cli.main import app
 from experiments import figures, opening, report, results
 from experiments.audit import findings
 from experiments.pages import NUMBER
-from fedlora import composition, metrics
-from fedlora.config import from_flat, load
-from fedlora.odds import group_delta
+from fedlora.config.config import from_flat, load
+from fedlora.models import metrics
+from fedlora.privacy import composition
+from fedlora.privacy.odds import group_delta
 from fedlora.rounding import at_most
 from server import privacy_statement
 from server.privacy_statement import promise

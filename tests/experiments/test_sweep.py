@@ -22,10 +22,11 @@ from cli.main import app
 from cli.simulation_commands import execute
 from client import alone_models
 from experiments import cells, conclusion, joining_page, results, sweep, sweep_page
-from fedlora import records, run_files
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.data import records
+from fedlora.data.partition import file_names
 from fedlora.errors import InputError
-from fedlora.partition import file_names
+from fedlora.runs import run_files
 from fedlora.terminal import Terminal
 from tests.samples import compared
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from fedlora import models
+from fedlora.models import models
 from tests.fedlora.small_models import CONFIGS
 
 

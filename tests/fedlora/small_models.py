@@ -4,11 +4,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from fedlora import lora, lora_layers, tasks
-from fedlora.models import load_base
-from fedlora.sections import AdapterConfig
-from fedlora.sft import Sft
-from fedlora.task_choice import choose_task
+from fedlora.config.sections import AdapterConfig
+from fedlora.config.task_choice import choose_task
+from fedlora.gradients import lora_layers
+from fedlora.models import lora, tasks
+from fedlora.models.models import load_base
+from fedlora.models.sft import Sft
 
 CONFIGS = {
     "bert": BertConfig(

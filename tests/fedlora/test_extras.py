@@ -5,8 +5,11 @@ from importlib import metadata
 
 import pytest
 
-from fedlora import extras, models, rows, sources, verdicts
+from fedlora import extras
+from fedlora.data import rows, sources
 from fedlora.errors import InputError
+from fedlora.gradients import verdicts
+from fedlora.models import models
 
 
 def test_an_installed_package_is_accepted_and_a_missing_one_named_with_its_remedy(missing):
@@ -47,7 +50,7 @@ def test_a_hub_source_without_datasets_is_refused(missing, monkeypatch, tmp_path
 def test_a_partition_by_a_scheme_without_flwr_datasets_is_refused_before_rows_are_read(
     missing, monkeypatch, tiny_config
 ):
-    from fedlora import records
+    from fedlora.data import records
 
     monkeypatch.setattr(rows, "read_table", lambda *_: pytest.fail("rows were read"))
     missing("flwr_datasets")
@@ -58,7 +61,7 @@ def test_a_partition_by_a_scheme_without_flwr_datasets_is_refused_before_rows_ar
 def test_a_deployed_institution_reads_its_records_without_the_extra_simulation(
     missing, monkeypatch, tiny_config
 ):
-    from fedlora import records
+    from fedlora.data import records
 
     missing("flwr_datasets", "datasets")
     for module in ("flwr_datasets", "flwr_datasets.partitioner", "datasets"):

@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils._http import default_client_factory
 
-from fedlora import model_files, sources
-from fedlora.adapters import AdapterState
+from fedlora.data import sources
 from fedlora.errors import InputError
+from fedlora.models import model_files
+from fedlora.models.adapters import AdapterState
 
 COMMIT = "0123456789" * 4
 TEXT_LABEL = {"text": "data.text", "label": "data.label"}

@@ -14,7 +14,7 @@ import torch
 
 import fedlora
 from fedlora import AdapterState, InputError, Predictions, Round, collect, run
-from fedlora.config import SECTIONS, RunConfig
+from fedlora.config.config import SECTIONS, RunConfig
 from library import keywords
 from strategies.base import Strategy
 

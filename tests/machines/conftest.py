@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import lora_layers, trainable
-from fedlora.adapters import AdapterState
-from fedlora.config import RunConfig, from_flat
+from fedlora.config.config import RunConfig, from_flat
+from fedlora.gradients import lora_layers
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState
 from server import exchange, roster
 from tests.samples import write_csv
 

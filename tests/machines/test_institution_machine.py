@@ -21,13 +21,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from client.app import app
 from client.ledger import Ledger
-from fedlora import adapters, wire
-from fedlora.adapters import AdapterState
-from fedlora.composition import Event
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
+from fedlora.config.sections import INSTITUTIONS
 from fedlora.errors import Refusal
-from fedlora.messages import Query, TrainOrder
-from fedlora.sections import INSTITUTIONS
+from fedlora.models import adapters
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.composition import Event
+from fedlora.wire import wire
+from fedlora.wire.messages import Query, TrainOrder
 from simulation.engines.grid import identify
 from tests.machines.budgets import search, searched
 from tests.machines.conftest import LABELS

@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from client import ledger_file
 from client.ledger import Ledger
-from fedlora import composition
-from fedlora.composition import Event
 from fedlora.errors import Refusal
+from fedlora.privacy import composition
+from fedlora.privacy.composition import Event
 from tests.machines.budgets import search, searched
 from tests.machines.lives import Cut, Life, Report, live
 

@@ -7,7 +7,7 @@ import pytest
 
 from client import checks, ledger_file, ledger_integrity, private_round
 from client.ledger import Ledger
-from fedlora.messages import TrainOrder
+from fedlora.wire.messages import TrainOrder
 from server import replies, run_directory
 from tests.machines.budgets import finds
 from tests.machines.test_institution_machine import InstitutionMachine

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from client.app import app
-from fedlora.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterState
-from fedlora.run_files import alone
+from fedlora.models.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterState
+from fedlora.runs.run_files import alone
 from server.rounds import Federation
 from server.run_directory import RunDirectory, read_records
 from simulation.engines.inline import InlineGrid

@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from client.app import app
 from client.ledger import Ledger
-from fedlora import wire
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
+from fedlora.wire import wire
 from server.roster import RunFailed
 from server.rounds import Federation
 from server.run_directory import RunDirectory, read_records

@@ -27,9 +27,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.run import Run
 from flwr.superlink.grid import http_grid
 
-from fedlora import flower_internals, wire
-from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate
+from fedlora import flower_internals
+from fedlora.models.adapters import AdapterState
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate
 from server import limits
 from server.aggregation import Mean
 from server.replies import Replies

@@ -8,9 +8,9 @@ from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from fedlora import wire
 from fedlora.errors import Refusal
-from fedlora.messages import Query
+from fedlora.wire import wire
+from fedlora.wire.messages import Query
 from server import exchange as server_exchange
 from server.exchange import exchange
 from server.replies import content

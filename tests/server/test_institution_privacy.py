@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from client.institution import Institution
-from fedlora import accounting, composition, records
-from fedlora.adapters import AdapterState
-from fedlora.composition import Event
+from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.run_files import read_records
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.composition import Event
+from fedlora.runs.run_files import read_records
+from fedlora.wire.messages import ClientUpdate
 from server import aggregation, institution_privacy, privacy_statement
 from server.run_directory import RunDirectory
 from strategies import STRATEGIES

@@ -16,15 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import report
-from fedlora import comparison as comparison_module
-from fedlora import metrics, records, wire
-from fedlora.adapters import AdapterState
-from fedlora.comparison import _interval, summary, text_numbers
+from fedlora.data import records
+from fedlora.data.shards import concatenate
 from fedlora.errors import Refusal
-from fedlora.joining_verdict import Outcome, comparison, macro_f1_gain, outcome, verdict
-from fedlora.messages import EvaluateOrder, Evaluation
-from fedlora.shards import concatenate
+from fedlora.models import metrics
+from fedlora.models.adapters import AdapterState
+from fedlora.runs import comparison as comparison_module
+from fedlora.runs.comparison import _interval, summary, text_numbers
+from fedlora.runs.joining_verdict import Outcome, comparison, macro_f1_gain, outcome, verdict
 from fedlora.terminal import Terminal
+from fedlora.wire import wire
+from fedlora.wire.messages import EvaluateOrder, Evaluation
 from server import answers, joining
 from server.population import population_of
 from simulation import progress

@@ -9,8 +9,8 @@ import weakref
 
 import torch
 
-from fedlora import trainable
-from fedlora.lora_layers import parameters
+from fedlora.gradients.lora_layers import parameters
+from fedlora.models import trainable
 
 MOST_ADAPTERS = 4.0
 """The global adapter, its 64-bit sum (two), and the update that is being read."""

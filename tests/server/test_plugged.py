@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora import plugins
-from fedlora.adapters import AdapterState
-from fedlora.sections import FederationConfig
+from fedlora.config import plugins
+from fedlora.config.sections import FederationConfig
+from fedlora.models.adapters import AdapterState
 from server import plugged
 from server.roster import RunFailed
 from strategies import fedavg, svd

@@ -13,12 +13,14 @@ from flwr.clientapp import ClientApp
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedlora import accounting, composition, config, wire
-from fedlora.adapters import AdapterState
-from fedlora.budget import plan_run
+from fedlora.config import config
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate, Query
-from fedlora.run_files import read_records
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy import accounting, composition
+from fedlora.privacy.budget import plan_run
+from fedlora.runs.run_files import read_records
+from fedlora.wire import wire
+from fedlora.wire.messages import ClientUpdate, Query
 from server.exchange import exchange
 from server.replies import Replies
 from server.run_directory import RunDirectory

@@ -8,10 +8,12 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 import fedlora
-from fedlora import config, run_files, wire
+from fedlora.config import config
 from fedlora.errors import InputError
-from fedlora.messages import Hello, Query
-from fedlora.run_files import NODES, SIZES
+from fedlora.runs import run_files
+from fedlora.runs.run_files import NODES, SIZES
+from fedlora.wire import wire
+from fedlora.wire.messages import Hello, Query
 from server import roster
 from server.roster import Roster, RunFailed
 from simulation.engines.inline import InlineGrid

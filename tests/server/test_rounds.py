@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora import wire
-from fedlora.adapters import AdapterState, kind
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
 from fedlora.errors import Refusal
-from fedlora.run_files import read_records
+from fedlora.models.adapters import AdapterState, kind
+from fedlora.runs.run_files import read_records
+from fedlora.wire import wire
 from server import aggregation, limits, roster, rounds
 from server.roster import Roster, RunFailed
 from server.rounds import Federation

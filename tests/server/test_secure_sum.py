@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scipy import stats
 
 from client import secure_keys, secure_store
-from fedlora import masks, secure_aggregation, shamir
 from fedlora.errors import Refusal
-from fedlora.secure_aggregation import (
+from fedlora.secure import masks, secure_aggregation, shamir
+from fedlora.secure.secure_aggregation import (
     KeysMessage,
     ListMessage,
     ListOrder,

@@ -11,14 +11,17 @@ import torch
 
 from client.ledger import Ledger
 from experiments import report
-from fedlora import finished_run, records, released, run_files, trainable
-from fedlora.adapters import AdapterState, kind, open_for
-from fedlora.config import INSTITUTIONS
+from fedlora.config.config import INSTITUTIONS
+from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.messages import Release
-from fedlora.model_card import source
-from fedlora.model_files import ONE_INSTITUTION, Origin
+from fedlora.models import trainable
+from fedlora.models.adapters import AdapterState, kind, open_for
+from fedlora.models.model_files import ONE_INSTITUTION, Origin
 from fedlora.rounding import at_most
+from fedlora.runs import finished_run, run_files
+from fedlora.runs.model_card import source
+from fedlora.wire import released
+from fedlora.wire.messages import Release
 from server.start import _same_records, head_start, origins, start_adapter
 from simulation import continuation
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import pytest
 
-from fedlora.adapters import AdapterState
 from fedlora.errors import InputError
-from fedlora.run_files import read_records
+from fedlora.models.adapters import AdapterState
+from fedlora.runs.run_files import read_records
 from server import tracking
 
 

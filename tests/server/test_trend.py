@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from fedlora import composition
-from fedlora.budget import plan_run
+from fedlora.data.shards import concatenate
 from fedlora.errors import InputError
+from fedlora.privacy import composition
+from fedlora.privacy.budget import plan_run
 from fedlora.rounding import at_most
-from fedlora.shards import concatenate
 from server.population import population_of
 from server.trend import advice, independent_texts, still_rising
 

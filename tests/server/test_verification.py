@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from cli.main import app
 from deployment import keys
 from experiments import report
-from fedlora import config as configuration
-from fedlora import seal
-from fedlora.config import from_flat
+from fedlora.config import config as configuration
+from fedlora.config.config import from_flat
 from fedlora.errors import InputError
-from fedlora.run_files import finite, ledger_alone
+from fedlora.runs import seal
+from fedlora.runs.run_files import finite, ledger_alone
 from server import binding, institution_privacy, privacy_statement, verification
 
 runner = CliRunner()

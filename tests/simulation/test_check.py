@@ -193,14 +193,15 @@ def test_a_check_says_that_others_may_write_where_a_run_would_make_its_ledgers(
 
 @pytest.mark.parametrize("epsilon", [8.0, "inf"])
 def test_a_measured_step_leaves_the_adapter_as_it_was(tiny_config, epsilon) -> None:
-    from fedlora import records, trainable
+    from fedlora.data import records
+    from fedlora.models import trainable
 
     config = tiny_config(**{"privacy.epsilon": epsilon, "home.method": "interpolate"})
     work = trainable.load(config, records.load(config).labels)
     before = {name: tensor.clone() for name, tensor in work.start.items()}
     cost = check.describe(config)["cost"]
     assert trainable.load(config, work.labels) is work
-    from fedlora.adapters import AdapterState
+    from fedlora.models.adapters import AdapterState
 
     after = AdapterState.read(work.model)
     assert all(before[name].equal(after[name]) for name in before)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import fedlora
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
 from tests.deployment.harness import ROOT
 
 FOLDER = ROOT / "docs" / "cluster"

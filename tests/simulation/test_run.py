@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import models, processors, trainable
-from fedlora.budget import plan_run
+from fedlora import processors
 from fedlora.errors import InputError
+from fedlora.models import models, trainable
+from fedlora.privacy.budget import plan_run
 from simulation import run
 from simulation.place import placed
 
@@ -31,7 +32,8 @@ from pathlib import Path
 import psutil
 from cli.simulation_commands import _resolve
 from simulation import run
-from fedlora import data, models
+from fedlora.data import data
+from fedlora.models import models
 config = _resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
 owner = os.getpid()
 def noted(module, name):

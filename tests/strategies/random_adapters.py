@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 
 LAYER = "base.q"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
+from fedlora.config.sections import FederationConfig
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.sections import FederationConfig
+from fedlora.models.adapters import AdapterState
+from fedlora.wire.messages import ClientUpdate
 from strategies import base
 from strategies.base import Round
 

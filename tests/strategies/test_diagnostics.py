@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.models.adapters import AdapterState
 from strategies import diagnostics, fedavg, ffa, svd
 from strategies.base import Round
 from strategies.diagnostics import Watch

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
-from fedlora.messages import ClientUpdate
+from fedlora.models.adapters import AdapterState
+from fedlora.wire.messages import ClientUpdate
 from strategies import fedavg
 from strategies.base import Round
 

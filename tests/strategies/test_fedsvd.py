@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
-from fedlora.strategy_table import STRATEGY_TABLE
-from fedlora.wire import ClientUpdate
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.models.adapters import AdapterState
+from fedlora.wire.wire import ClientUpdate
 from strategies import fedavg, fedsvd, ffa, robust
 from strategies.base import Round
 from strategies.diagnostics import Watch

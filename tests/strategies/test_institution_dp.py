@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.adapters import AdapterState
 from fedlora.errors import Refusal
-from fedlora.messages import ClientUpdate
-from fedlora.streams import RandomSource
+from fedlora.models.adapters import AdapterState
+from fedlora.privacy.streams import RandomSource
+from fedlora.wire.messages import ClientUpdate
 from strategies import institution_dp
 
 

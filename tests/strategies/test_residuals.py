@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState, residual_names
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.models.adapters import AdapterState, residual_names
 from strategies import STRATEGIES, diagnostics, exact, lowrank, pad, robust, stack
 from strategies.base import Round
 from strategies.diagnostics import Watch

@@ -7,9 +7,9 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.adapters import AdapterState
+from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.errors import Refusal
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.models.adapters import AdapterState
 from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
 from strategies.base import Round
 from tests.samples import updates_of

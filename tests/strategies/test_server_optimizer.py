@@ -1,6 +1,6 @@
 import torch
 
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 from strategies import server_optimizer
 
 W = "w.lora_A.weight"

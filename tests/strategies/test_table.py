@@ -9,15 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedlora.adapters import AdapterState, kind
-from fedlora.config import describe, from_flat
-from fedlora.strategy_table import STRATEGY_TABLE
+from fedlora.config.config import describe, from_flat
+from fedlora.config.strategy_table import STRATEGY_TABLE
+from fedlora.models.adapters import AdapterState, kind
 from strategies import STRATEGIES, base, fedavg
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("fedlora", "client", "server", "strategies", "simulation")
 FILE = """
-from fedlora.adapters import AdapterState
+from fedlora.models.adapters import AdapterState
 from strategies import fedavg
 from strategies.base import Strategy
 
@@ -32,7 +32,7 @@ STRATEGY = Strategy(aggregate=aggregate)
 LINE = '    "halfway": Traits(summary="half the step", factor_means=True, sent=(_FROZEN_A,)),\n'
 RUN = """
 import json, sys
-from fedlora.config import from_flat
+from fedlora.config.config import from_flat
 from simulation import run
 for values in json.loads(sys.argv[1]):
     config = from_flat(values)

@@ -1,0 +1,282 @@
+"""What the sections of a configuration must agree on, so that a promise or a method holds."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fedlora.config.sections import (
+    COORDINATE_WISE,
+    MAX_LIST_TEXT,
+    UNWEIGHTED,
+    AdapterConfig,
+    FederationConfig,
+    HomeConfig,
+    PrivacyConfig,
+)
+from fedlora.config.settings_schema import Scalar
+from fedlora.config.strategy_table import names_with
+from fedlora.errors import InputError
+from fedlora.secure import noise_shares
+
+OWN_FIGURES = frozenset(
+    (
+        *("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions"),
+        *("token_loss", "perplexity", "exact_match", "unparseable", "not_evaluated"),
+        *("joining", "still_rising", "released", "epsilon_max", "delta", "epsilon_alone_max"),
+        *("rounds", "seconds", "run", "run_dir", "base", "labels", "population", "nonce"),
+        *("trained_parameters", "counts", "findings", "origins", "head"),
+    )
+)
+"""Names of a run's own figures, which no metric of ``federation.metrics`` may have."""
+
+
+def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    """Refuse rounds and weights under which a promise would not hold, or could not be planned."""
+    if not federation.rounds and privacy.under_dp:
+        raise InputError(
+            "federation.rounds is 0, so nothing is trained and there is no budget to plan; set "
+            "privacy.epsilon and privacy.institution-epsilon to inf, or rounds to at least 1"
+        )
+    if federation.institutions_per_round and (
+        federation.min_updates > federation.institutions_per_round
+    ):
+        raise InputError(
+            f"federation.min-updates is {federation.min_updates}, but only "
+            f"{federation.institutions_per_round} institutions are asked a round; lower it "
+            "or raise federation.institutions-per-round"
+        )
+    if privacy.enabled and federation.weighting == "records":
+        raise InputError(
+            "federation.weighting is 'records', but exact counts may not leave under DP; "
+            "use uniform, public-size or noised-size"
+        )
+    if privacy.hides_institutions and federation.weighting != "uniform":
+        raise InputError(
+            f"federation.weighting is {federation.weighting!r}, but "
+            "privacy.institution-epsilon bounds every institution's influence alike; "
+            "use uniform"
+        )
+    if privacy.hides_institutions and not federation.traits.factor_means:
+        raise InputError(
+            f"federation.strategy is {federation.strategy!r}, but with "
+            "privacy.institution-epsilon the server adds noise to a mean of the factors "
+            f"themselves; use {names_with(lambda t: t.factor_means)}"
+        )
+    if not privacy.enabled and federation.weighting == "noised-size":
+        raise InputError(
+            "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
+            "no budget to pay it from; use uniform, public-size or records"
+        )
+
+
+def check_lists(flat: Mapping[str, Scalar]) -> None:
+    """Refuse lists of a deployed run that no institution would read."""
+    for name in ("data.labels", "adapter.target-modules"):
+        length = len(str(flat[name]))
+        if length > MAX_LIST_TEXT:
+            raise InputError(
+                f"{name} has {length} characters in JSON, but data.source is 'institutions', and "
+                f"an institution reads at most {MAX_LIST_TEXT}; use shorter names, or fewer"
+            )
+
+
+def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:
+    """Refuse settings under which a strategy would not be the method of its paper."""
+    strategy, traits = federation.strategy, federation.traits
+    if adapter.ranks and not traits.mixed_ranks:
+        raise InputError(
+            f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
+            f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
+        )
+    stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
+    if traits.no_server_optimizer and stepped:
+        raise InputError(
+            f"federation.server-optimizer is {federation.server_optimizer!r} with "
+            f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
+            f"{strategy!r} takes no server optimizer; use none and 1, and set the step with "
+            "training.learning-rate"
+        )
+    if federation.average_last and not traits.averaged:
+        raise InputError(
+            f"federation.average-last is {federation.average_last:g}, but under "
+            f"federation.strategy {strategy!r} adapters of different rounds go with different "
+            "bases or institutions and have no mean; use 0"
+        )
+
+
+def check_home(home: HomeConfig, task: str, privacy: PrivacyConfig, *, deployed: bool) -> None:
+    """Refuse models at home that cannot be compared, or whose promise would not hold."""
+    if task == "sft" and home.method != "none":
+        raise InputError(
+            f"home.method is {home.method!r}, but model.task is 'sft': models at home are compared "
+            "by the rows on which they name the right class, and a response has no class; use none"
+        )
+    if home.private and deployed:
+        raise InputError(
+            f"home.epsilon is {home.epsilon:g}, but data.source is 'institutions', where each "
+            "institution decides on a charge by itself, with `fedlora home --epsilon`; use inf"
+        )
+    if home.private and not privacy.enabled:
+        raise InputError(
+            f"home.epsilon is {home.epsilon:g}, but privacy.epsilon is inf, so the shared adapter "
+            "may reveal records, and a model that starts from it may too; set home.epsilon to inf, "
+            "or privacy.epsilon to a finite number"
+        )
+
+
+def check_plug_ins(
+    plug_ins: Sequence[tuple[str, str]],
+    federation: FederationConfig,
+    privacy: PrivacyConfig,
+    task: str,
+) -> None:
+    """Refuse plug-ins that the run would not call, or whose figures would mean nothing."""
+    for place, name in plug_ins:
+        if not all(name.partition(":")):
+            raise InputError(f"{place} is {name!r}; it must be module:object, such as mine:median")
+    if federation.aggregate:
+        for name, value, passes, why in (
+            (
+                "privacy.trust",
+                privacy.trust,
+                not privacy.shares_noise,
+                "the server sees a sum only",
+            ),
+            (
+                "privacy.institution-epsilon",
+                privacy.institution_epsilon,
+                not privacy.hides_institutions,
+                "the noise goes with the sensitivity of the plain mean",
+            ),
+            (
+                "federation.robust",
+                federation.robust,
+                federation.robust == "none",
+                "a robust rule takes its place",
+            ),
+        ):
+            if not passes:
+                raise InputError(
+                    f"federation.aggregate is {federation.aggregate!r}, but {name} is {value!r}, "
+                    f"where {why}; leave one of them out"
+                )
+    names = federation.metric_names
+    for name in names:
+        if not name.isidentifier() or name in OWN_FIGURES or names.count(name) > 1:
+            raise InputError(
+                f"federation.metrics names a figure {name!r}, which is no name, or that of another "
+                "figure; give the function another name"
+            )
+    if federation.metrics and task == "sft":
+        raise InputError(
+            f"federation.metrics has {federation.metrics[0]!r}, but model.task is 'sft', and a "
+            "metric compares classes, which a response has not; use no metrics"
+        )
+    if federation.metrics and federation.traits.local_parts:
+        raise InputError(
+            f"federation.metrics has {federation.metrics[0]!r}, but under federation.strategy "
+            f"{federation.strategy!r} each institution measures a model of its own; use no metrics"
+        )
+
+
+def check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    """Refuse a robust rule where its guarantee would not hold."""
+    rule, strategy, traits = federation.robust, federation.strategy, federation.traits
+    if rule == "none":
+        return
+    if federation.byzantine >= 0.5 and federation.byzantine != int(federation.byzantine):
+        raise InputError(
+            f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
+            "whole number: no rule withstands a majority"
+        )
+    if rule in COORDINATE_WISE and not traits.factor_means:
+        raise InputError(
+            f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
+            f"but federation.strategy {strategy!r} does not average each factor by itself; use "
+            f"krum, multi-krum or norm-bound, or {names_with(lambda t: t.factor_means)}"
+        )
+    if rule not in COORDINATE_WISE and traits.local_parts:
+        raise InputError(
+            f"federation.robust is {rule!r}, which measures products, but under "
+            f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"
+        )
+    if rule in UNWEIGHTED and federation.weighting != "uniform":
+        raise InputError(
+            f"federation.robust is {rule!r}, which takes no weights, but federation.weighting is "
+            f"{federation.weighting!r}; use uniform, or multi-krum or norm-bound"
+        )
+    if privacy.hides_institutions:
+        raise InputError(
+            f"federation.robust is {rule!r}, but privacy.institution-epsilon needs a mean whose "
+            "sensitivity is known, and itself bounds every institution's influence; use none"
+        )
+
+
+_ONE_STEP = "an institution sends the sum of one step's clipped gradients in a round"
+_NO_UPDATE = "the server sees no single update"
+_SECURE: Mapping[str, tuple[Scalar, str]] = {
+    "training.local-steps": (1, _ONE_STEP),
+    "training.optimizer": ("sgd", _ONE_STEP),
+    "training.proximal": (0, _ONE_STEP),
+    "federation.weighting": ("public-size", "the sum counts every record alike"),
+    "federation.institutions-per-round": (0, "all institutions are asked in every round"),
+    "federation.robust": ("none", _NO_UPDATE),
+    "federation.max-update-norm": (0, _NO_UPDATE),
+    "privacy.institution-epsilon": (math.inf, _NO_UPDATE),
+    "adapter.ranks": ("", "all vectors have one length"),
+}
+"""Key -> the only value under secure aggregation, and the reason."""
+
+
+def check_secure(
+    federation: FederationConfig,
+    privacy: PrivacyConfig,
+    flat: Mapping[str, Scalar],
+    *,
+    deployed: bool,
+) -> None:
+    """Refuse settings under which secure aggregation would not keep its promise.
+
+    The server sees the sum of clipped gradients of one Poisson step at all institutions.
+    """
+    trust = f"privacy.trust {privacy.trust!r}"
+    if not privacy.enabled:
+        raise InputError(
+            f"privacy.epsilon is inf, but {trust} adds up shares of noise; give a budget, or use "
+            "privacy.trust local"
+        )
+    if privacy.honest < noise_shares.MIN_HONEST:
+        raise InputError(
+            f"privacy.honest is {privacy.honest}, but under {trust} it must be at least "
+            f"{noise_shares.MIN_HONEST}: set it to the number of institutions whose noise is "
+            "surely in every sum"
+        )
+    if not federation.traits.linear:
+        raise InputError(
+            f"federation.strategy is {federation.strategy!r}, which is not the plain mean of all "
+            f"trained factors, but under {trust} the server steps on their sum; use "
+            f"{names_with(lambda t: t.linear)}"
+        )
+    for name, (value, why) in _SECURE.items():
+        if flat[name] != value:
+            raise InputError(
+                f"{name} is {flat[name]!r}, but under {trust} {why}; set it to {value!r}"
+            )
+    for name in ("training.sample-rate", "privacy.delta"):
+        if not flat[name]:
+            raise InputError(
+                f"{name} is 0, which stands for a value by an institution's size, but under "
+                f"{trust} all institutions plan the same noise; give the value"
+            )
+    if deployed and privacy.protocol != "full":
+        raise InputError(
+            f"privacy.protocol is {privacy.protocol!r}, but data.source is 'institutions', where "
+            "the server must not see a single vector; use full"
+        )
+    institutions = int(flat["data.institutions"])
+    if deployed and (shares := institutions * federation.rounds) > noise_shares.MAX_SHARES:
+        raise InputError(
+            f"data.institutions is {institutions} and federation.rounds is {federation.rounds}, "
+            f"but under {trust} each institution sends shares of keys for every institution and "
+            f"round in one message, and of these {shares} only {noise_shares.MAX_SHARES} fit: "
+            "lower federation.rounds, or split the run among fewer institutions"
+        )

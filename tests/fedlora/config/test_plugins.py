@@ -1,0 +1,309 @@
+"""Plug-ins by name and by object, and the sources and partitions that they give."""
+
+import functools
+import hashlib
+import importlib
+import sys
+
+import numpy as np
+import pytest
+
+from fedlora.config import plugins, schemes
+from fedlora.config.config import from_flat
+from fedlora.data import data, rows, sources
+from fedlora.errors import InputError, RecordError
+from strategies.base import Strategy
+
+MODULE = """
+import functools
+from strategies import fedavg
+from strategies.base import Strategy
+calls = []
+number = 7
+def share_of(label, predictions):
+    return predictions.count(label) / len(predictions)
+def keep(share, this_round, updates):
+    return share
+class Above:
+    def __init__(self, bound):
+        self.bound = bound
+    def __call__(self, predictions):
+        return self.bound
+def keep_all(this_round, updates):
+    return 1.0
+share_of_x = functools.partial(share_of, "x")
+share_of_y = functools.partial(share_of, "y")
+half = Strategy(aggregate=functools.partial(keep, 0.5))
+whole = Strategy(aggregate=keep_all)
+above_two = Above(2)
+mean = Strategy(aggregate=fedavg.aggregate)
+def by_length(texts, labels, seed):
+    return ["long" if len(text) > 3 else "short" for text in texts]
+def too_few(texts, labels, seed):
+    return ["one"]
+def table():
+    calls.append(1)
+    return {"text": ["ab", "abcd", "abcde", "abc"], "label": ["x", "y", "x", "y"]}
+def broken():
+    raise KeyError("secret record")
+class Deep:
+    @staticmethod
+    def metric(predictions):
+        return 1.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module in the working directory."""
+    (tmp_path / "own_code.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield tmp_path / "own_code.py"
+    sys.modules.pop("own_code", None)
+    sources.forget()
+    plugins.forget()
+
+
+def test_a_name_is_imported_from_the_working_directory_and_described_with_the_hash_of_its_file(own):
+    found = plugins.load("federation.metrics", "own_code:Deep.metric")
+    assert found(None) == 1.0
+    assert plugins.describe([("federation.metrics", "own_code:Deep.metric")]) == [
+        {
+            "key": "federation.metrics",
+            "object": "own_code:Deep.metric",
+            "file": "own_code.py",
+            "sha256": hashlib.sha256(own.read_bytes()).hexdigest(),
+        }
+    ]
+
+
+def test_the_hash_is_of_the_code_that_this_process_runs(own):
+    named = [("federation.metrics", "own_code:Deep.metric")]
+    before = hashlib.sha256(own.read_bytes()).hexdigest()
+    plugins.load(*named[0])
+    own.write_text(MODULE.replace("return 1.0", "return 2.0"))
+    plugins.forget()
+    assert plugins.describe(named)[0]["sha256"] == before
+    sys.modules.pop("own_code")
+    importlib.invalidate_caches()
+    assert plugins.load(*named[0])(None) == 2.0
+    assert plugins.describe(named)[0]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+def test_the_hash_of_a_partial_is_that_of_the_module_that_was_reloaded(own):
+    named = [("federation.metrics", "own_code:share_of_x")]
+    plugins.load(*named[0])
+    own.write_text(MODULE.replace('share_of, "x")', 'share_of, "zebra")'))
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["own_code"])
+    plugins.forget()
+    assert plugins.load(*named[0]).args == ("zebra",)
+    hashes = {one["sha256"] for one in plugins.describe(named)}
+    assert hashes == {hashlib.sha256(own.read_bytes()).hexdigest()}
+
+
+def test_what_no_module_holds_is_dropped_with_the_run():
+    def metric(predictions):
+        return 1.0
+
+    name = plugins.give("federation.metrics", metric)
+    plugins.load("federation.metrics", name)
+    assert any(thing is metric for thing, _ in plugins._codes_of.values())
+    plugins.forget()
+    assert not any(thing is metric for thing, _ in plugins._codes_of.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "words"),
+    [
+        ("federation.metrics", "no_such_module:x", "no_such_module cannot be imported"),
+        ("federation.metrics", "own_code:Deep.metrik", "did you mean metric?"),
+        ("federation.metrics", "own_code:number", "is a int and cannot be called"),
+        ("federation.aggregate", "own_code:table", "2 arguments (this_round, updates)"),
+        ("data.source", "own_code:by_length", "0 arguments (nothing)"),
+    ],
+)
+def test_a_name_that_names_no_plug_in_is_refused_in_words(own, key, name, words):
+    with pytest.raises(InputError) as error:
+        plugins.load(key, name)
+    assert name in str(error.value) and words in str(error.value)
+
+
+def test_an_object_is_found_in_this_process_under_its_own_name():
+    def local(predictions):
+        return 2.0
+
+    try:
+        name = plugins.give("federation.metrics", local)
+        assert name.endswith("<locals>.local")
+        assert plugins.load("federation.metrics", name) is local
+        with pytest.raises(InputError, match="is 3; give a function"):
+            plugins.give("federation.metrics", 3)
+        plugins.give("tracking.callbacks", lambda record: None)
+        with pytest.raises(InputError, match="rename one of them"):
+            plugins.give("federation.metrics", lambda record: None)
+    finally:
+        plugins.forget()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("federation.metrics", "share_of_x"),
+        ("federation.metrics", "share_of_y"),
+        ("federation.metrics", "above_two"),
+        ("federation.aggregate", "half"),
+        ("federation.aggregate", "whole"),
+    ],
+)
+def test_an_object_has_the_name_that_its_module_gives_it_and_another_process_loads_it(
+    own, key, name
+):
+    thing = plugins.load(key, f"own_code:{name}")
+    named = plugins.give(key, thing)
+    assert named == f"own_code:{name}" and plugins.load(key, named) is thing
+    described = plugins.describe([(key, named)])
+    sha256 = hashlib.sha256(own.read_bytes()).hexdigest()
+    assert described == [{"key": key, "object": named, "file": "own_code.py", "sha256": sha256}]
+    plugins.forget()  # as in another process
+    sys.modules.pop("own_code")
+    loaded = plugins.load(key, named)
+    assert loaded is not thing and type(loaded).__name__ == type(thing).__name__
+    assert plugins.describe([(key, named)]) == described
+
+
+def test_an_object_that_no_module_names_is_refused(own):
+    above = type(plugins.load("federation.metrics", "own_code:above_two"))
+    keep_all = plugins.load("federation.aggregate", "own_code:keep_all")
+    for key, thing, kind in (
+        ("federation.aggregate", Strategy(aggregate=keep_all), "Strategy"),
+        ("federation.metrics", functools.partial(above, 3), "partial"),
+        ("federation.metrics", above(3), "Above"),
+    ):
+        with pytest.raises(InputError) as error:
+            plugins.give(key, thing)
+        assert f"{key} is a {kind} without a name; assign it to a public" in str(error.value)
+
+
+def test_an_object_of_a_script_or_notebook_has_its_name_there(own, monkeypatch):
+    made = functools.partial(plugins.load("federation.metrics", "own_code:share_of_x").func, "z")
+    monkeypatch.setattr(sys.modules["__main__"], "_", made, raising=False)
+    with pytest.raises(InputError, match="is a partial without a name"):
+        plugins.give("federation.metrics", made)
+    monkeypatch.setattr(sys.modules["__main__"], "share_of_z", made, raising=False)
+    assert plugins.give("federation.metrics", made) == "__main__:share_of_z"
+    one, *_ = plugins.describe([("federation.metrics", "__main__:share_of_z")])
+    assert one["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+def test_a_strategy_of_a_function_from_elsewhere_is_described_by_both_files(own):
+    described = plugins.describe([("federation.aggregate", "own_code:mean")])
+    assert [one["file"] for one in described] == ["fedavg.py", "own_code.py"]
+    assert described[1]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"federation.aggregate": "median"}, "must be module:object"),
+        ({"data.source": "python:median"}, "must be module:object"),
+        ({"federation.aggregate": "a:b", "federation.robust": "krum"}, "federation.robust"),
+        (
+            {
+                "federation.aggregate": "a:b",
+                "federation.weighting": "uniform",
+                "privacy.institution-epsilon": 1.0,
+            },
+            "privacy.institution-epsilon",
+        ),
+        ({"federation.metrics": ["a:b"], "federation.strategy": "fedsa"}, "a model of its own"),
+        ({"federation.metrics": ["a:b"], "model.task": "sft"}, "a response has not"),
+    ],
+)
+def test_a_plug_in_that_would_not_be_called_is_refused(values, words):
+    with pytest.raises(InputError) as error:
+        from_flat(values)
+    assert words in str(error.value)
+
+
+def settings(**values):
+    keys = {f"data.{name.replace('_', '-')}": value for name, value in values.items()}
+    given = {
+        "data.source": "python:own_code:table",
+        "data.test-fraction": 0.0,
+        "data.min-records": 1,
+        **keys,
+    }
+    return from_flat({"privacy.epsilon": "inf", **given}).data
+
+
+def test_a_function_is_a_source_and_is_called_once(own):
+    wanted = {"text": "data.text", "label": "data.label"}
+    first = sources.digest("python:own_code:table")
+    assert sources.read("python:own_code:table", wanted)["text"] == ["ab", "abcd", "abcde", "abc"]
+    assert sources.digest("python:own_code:table") == first
+    assert len(sys.modules["own_code"].calls) == 1
+    with pytest.raises(RecordError, match="failed with KeyError"):  # for no log: it quotes a record
+        sources.read("python:own_code:broken", wanted)
+
+
+def test_a_function_is_a_partition(own):
+    made = rows.partition_rows(
+        settings(partition="python:own_code:by_length"), unit="record", seed=1, task="x"
+    )
+    assert made.names == ("long", "short")
+    assert made.train[0].texts == ["abcd", "abcde", "ab", "abc"]
+    numbers = np.array([3, 1, 3, 3])
+    name = plugins.give("data.partition", lambda texts, labels, seed: numbers)
+    made = rows.partition_rows(
+        settings(partition=f"python:{name}"), unit="record", seed=1, task="x"
+    )
+    assert made.names == ("1", "3")
+    with pytest.raises(InputError, match="gave 1 institutions for 4 rows"):
+        rows.partition_rows(
+            settings(partition="python:own_code:too_few"), unit="record", seed=1, task="x"
+        )
+
+
+def test_a_changed_partition_opens_no_cached_shards(own, tmp_path, monkeypatch):
+    from fedlora.data.encoding import Encoded
+
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+
+    def encoder():
+        return lambda texts, answers, labels: Encoded(
+            ids=[[1]] * len(texts),
+            targets=[labels.index(a) for a in answers],
+            truncated=[False] * len(texts),
+        )
+
+    def prepared(name="own_code:by_length"):
+        return data.prepare(
+            settings(partition=f"python:{name}"),
+            unit="record",
+            seed=1,
+            task="classification",
+            encoder=encoder,
+            encoding_key="k",
+        ).names
+
+    assert prepared() == ("long", "short")
+    own.write_text(MODULE.replace('"long"', '"large"'))
+    assert prepared() == ("long", "short")  # this process has the old code
+    sys.modules.pop("own_code")
+    assert prepared() == ("large", "short")
+    table = tmp_path / "regions.txt"
+    own.write_text(MODULE.replace('"long"', f"open({str(table)!r}).read()"))
+    for region in ("north", "south"):  # a file that the code reads, and nobody knows of
+        table.write_text(region)
+        sys.modules.pop("own_code", None)
+        assert prepared() == tuple(sorted((region, "short")))
+
+    def made(first):
+        return lambda texts, labels, seed: [first if len(t) > 3 else "b" for t in texts]
+
+    for name in ("x", "y"):  # two functions under one name
+        plugins.forget()
+        assert prepared(plugins.give("data.partition", made(name))) == ("b", name)
+    assert schemes.parse("python:a:b", institutions=0, has_classes=False) == ("python", "a:b")

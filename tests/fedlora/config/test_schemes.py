@@ -1,0 +1,53 @@
+"""``data.partition``: what is understood, and what each scheme needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fedlora.config.schemes import parse
+from fedlora.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("spec", "parsed"),
+    [
+        ("iid", ("iid", "")),
+        ("dirichlet:0.5", ("dirichlet", "0.5")),
+        ("natural:who: exactly", ("natural", "who: exactly")),
+        ("pathological:2", ("pathological", "2")),
+        ("size:square", ("size", "square")),
+    ],
+)
+def test_a_partition_has_a_scheme_and_its_argument(spec: str, parsed: tuple[str, str]) -> None:
+    assert parse(spec, institutions=3, has_classes=True) == parsed
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("random", "iid:3", "natural", "natural:", "size", "size:huge"),
+        *("dirichlet", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:inf"),
+        *("dirichlet:x", "pathological", "pathological:0", "pathological:1.5", "pathological:²"),
+    ],
+)
+def test_any_other_partition_is_refused_with_the_list_of_valid_ones(spec: str) -> None:
+    with pytest.raises(InputError, match=f"data.partition is {spec!r}; it must be iid, dirichlet"):
+        parse(spec, institutions=3, has_classes=True)
+
+
+def test_only_natural_may_leave_the_number_of_institutions_to_the_rows() -> None:
+    assert parse("natural:bank", institutions=0, has_classes=True) == ("natural", "bank")
+    with pytest.raises(InputError, match="is 0, but partition iid needs their number"):
+        parse("iid", institutions=0, has_classes=True)
+
+
+@pytest.mark.parametrize("spec", ["dirichlet:1", "pathological:2"])
+def test_classes_are_dealt_out_only_where_there_are_some(spec: str) -> None:
+    with pytest.raises(InputError, match="assigns classes, but model"):
+        parse(spec, institutions=3, has_classes=False)
+
+
+def test_a_configuration_is_checked_without_numpy() -> None:
+    code = "import sys, fedlora.config; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,299 @@
+"""Findings on records and noise before a run: what is found, what is not, and what is refused."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedlora.config.config import RunConfig, from_flat
+from fedlora.config.sections import MIN_NATURAL_RECORDS
+from fedlora.data import findings
+from fedlora.data.data import shard_of
+from fedlora.data.encoding import Encoded
+from fedlora.data.findings import MAX_DELTA, MIN_REACH
+from fedlora.data.shards import Federation, Shard
+from fedlora.errors import InputError
+from fedlora.privacy import accounting
+
+
+def shard(targets, first=0) -> Shard:
+    """Rows of one token each, numbered from ``first``."""
+    rows = len(targets)
+    ids = [[first + row] for row in range(rows)]
+    return shard_of(Encoded(ids=ids, targets=list(targets), truncated=[False] * rows))
+
+
+def federation(sizes, labels=("loan", "card"), counts=(), left_out=()) -> Federation:
+    """Institutions of these sizes, with the classes in turn and 200 held-out rows."""
+    rows = sum(sizes)
+    targets = [i % max(1, len(labels)) for i in range(rows)]
+    held_out = [0] * 200
+    known = ("rows", "test_rows", "without_text", "without_label", "without_institution",
+             "test_rows_dropped", "units_at_several", "duplicates_removed")  # fmt: skip
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    units = np.arange(rows) - np.repeat(starts[:-1], sizes)
+    return Federation(
+        names=tuple(f"bank-{i}" for i in range(len(sizes))),
+        labels=tuple(labels),
+        counts={**dict.fromkeys(known, 0), "rows": rows + 200, **dict(counts)},
+        left_out=dict(left_out),
+        all_train=replace(shard(targets), units=units),
+        train_bounds=starts,
+        all_held_out=shard(held_out, first=rows),
+        held_out_bounds=np.array([0] * len(sizes) + [200]),
+    )
+
+
+def config(**values):
+    base = {
+        "data.source": "x.csv",
+        "data.min-records": 1,
+        "training.sample-rate": 0.25,
+        "federation.rounds": 10,
+        "privacy.accountant": "rdp",
+    }
+    return from_flat(base | values)
+
+
+def found(records, **values):
+    return {f.name: f for f in findings.findings(config(**values), records, 10)}
+
+
+def test_an_ordinary_federation_has_no_finding() -> None:
+    assert found(federation([100, 200, 150])) == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "delta", "bad"),
+    [
+        ([100, 100], 0.0, 0),
+        ([1, 100], 0.0, 1),  # 1e-1
+        ([7, 100], 0.0, 1),  # 1e-2
+        ([8, 100], 0.0, 0),  # 1e-3
+        ([100, 120], 2e-3, 2),
+        ([40, 128], 9e-4, 1),  # above 1 / (10 x 128), below 1 / (10 x 32)
+        ([40, 255], 7e-4, 0),  # of the same size class: a card quotes the finding
+    ],
+)
+def test_a_delta_above_the_bound_of_an_institution_voids_the_result(sizes, delta, bad) -> None:
+    said = found(federation(sizes), **{"privacy.delta": delta}).get("delta")
+    assert (said is not None) == bool(bad)
+    if said:
+        assert said.voids and said.text.startswith(f"{bad} of {len(sizes)} institutions")
+        assert "(size class " in said.text and "units:" not in said.text  # cards quote it
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"privacy.delta": 2e-3}, "; raise data.min-records (now 1) or lower privacy.delta"),
+        ({"privacy.delta": 2e-3, "privacy.unit": "customer"}, "; lower privacy.delta"),
+        (
+            {"privacy.delta": 2e-3, "data.partition": "iid", "data.institutions": 2},
+            "; lower data.institutions (now 2) or lower privacy.delta",
+        ),
+    ],
+)
+def test_the_remedy_for_a_large_delta_fits_the_unit(values, remedy) -> None:
+    text = found(federation([100, 120]), **values)["delta"].text
+    assert text.endswith(remedy) and ("min-records" in text) == ("min-records" in remedy)
+
+
+def test_ledgers_of_other_names_are_named(tmp_path):
+    """Records that come under another name get a second ledger, and no limit counts both."""
+    values = {"privacy.ledger": str(tmp_path)}
+    for name in ("bank-0.db", "bank-0.secure.db", "pooled.secure.db"):
+        (tmp_path / name).touch()
+    assert "other-ledgers" not in found(federation([100, 120]), **values)
+    (tmp_path / "pooled.db").touch()
+    said = found(federation([100, 120]), **values)["other-ledgers"]
+    assert "1 ledgers of other names" in said.text and "(pooled)" in said.text and not said.voids
+    assert "other-ledgers" not in found(federation([100, 120]))
+
+
+def test_customers_at_several_institutions_and_seeds_on_lasting_ledgers_are_findings(tmp_path):
+    split = federation([100, 120], counts={"units_at_several": 7}.items())
+    said = found(split, **{"privacy.unit": "customer"})["split-units"]
+    assert said.text.startswith("7 values of 'customer'") and not said.voids
+    assert "epsilon and delta are as many times larger" in said.text
+    pooled = found(split, **{"privacy.unit": "customer", "data.view": "pooled"})["split-units"]
+    assert "epsilon is as many times larger, and delta by far more" in pooled.text
+    assert "split-units" not in found(federation([100, 120]))
+    seeded = {"privacy.noise": "seeded", "privacy.ledger": str(tmp_path)}
+    assert not found(federation([100, 120]), **seeded)["seeded-ledger"].voids
+    assert "seeded-ledger" not in found(federation([100, 120]), **{"privacy.noise": "seeded"})
+
+
+def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_finding() -> None:
+    def delta(units):
+        return accounting.public_delta(accounting.most_of_class(units))
+
+    assert delta(MIN_NATURAL_RECORDS) <= MAX_DELTA < delta(MIN_NATURAL_RECORDS - 1)
+
+
+def test_held_out_rows_that_the_model_reads_as_training_rows_are_counted() -> None:
+    records = federation([100, 200, 150])
+    few = replace(records, all_held_out=shard([0] * 200, first=450 - 2))
+    assert "seen-held-out" not in found(few)
+    several = replace(records, all_held_out=shard([0] * 200, first=450 - 3))
+    said = found(several)["seen-held-out"]
+    assert said.text.startswith("3 of 200 held-out rows") and not said.voids
+
+
+@pytest.mark.parametrize(("name", "missing"), [("N-A", True), ("nan", True), ("Nanterre", False)])
+def test_an_institution_with_the_name_of_a_missing_value_is_found(name, missing) -> None:
+    records = replace(federation([100, 200]), names=("first", name))
+    assert set(found(records)) == ({"missing-institutions"} if missing else set())
+
+
+def test_noise_under_which_nothing_can_be_learned_voids_the_result() -> None:
+    records = federation([100, 200, 150])
+    said = found(records, **{"privacy.epsilon": 0.01})["noise"]
+    plans = findings.plans_of(config(**{"privacy.epsilon": 0.01}), records.units, 10)
+    assert said.voids and f"{max(p.noise_multiplier for p in plans):.3g}" in said.text
+
+
+def test_the_reach_of_equal_institutions_is_the_ratio_of_one_sum_of_steps() -> None:
+    run = config(**{"federation.weighting": "uniform"})
+    records = federation([64] * 4)
+    (plan, *_) = plans = findings.plans_of(run, records.units, 10)
+    # 10 rounds of 4 institutions: the signal is 40 batches, the noise sqrt(40) draws
+    by_hand = 40 * 16 / (math.sqrt(40) * plan.noise_multiplier)
+    assert findings.reach(run, plans, 10) == pytest.approx(by_hand)
+    assert by_hand > MIN_REACH
+
+
+def test_shares_of_noise_reach_as_far_as_the_noise_of_their_sum() -> None:
+    records = federation([64] * 8)
+    shared = {
+        "privacy.trust": "secure-aggregation",
+        "privacy.honest": 8,
+        "privacy.colluding": 1,
+        "privacy.delta": 1e-5,
+        "federation.weighting": "public-size",
+    }
+    run = config(**shared)
+    (plan, *_) = plans = findings.plans_of(run, records.units, 10)
+    # 10 rounds: the signal is 8 batches in each, the noise one draw in each
+    by_hand = 10 * 8 * 16 / (math.sqrt(10) * plan.noise_multiplier)
+    assert findings.reach(run, plans, 10) == pytest.approx(by_hand)
+
+
+def test_weights_by_size_keep_a_tiny_institution_from_drowning_the_others() -> None:
+    alone, both = federation([512]), federation([512, 8])
+    uniform = config(**{"federation.weighting": "uniform"})
+    weighted = config(**{"federation.weighting": "public-size"})
+
+    def reach(run: RunConfig, records: Federation) -> float:
+        return findings.reach(run, findings.plans_of(run, records.units, 10), 10)
+
+    assert reach(uniform, both) < reach(uniform, alone) / 4
+    assert reach(weighted, both) > 0.7 * reach(weighted, alone)
+    assert "bank-1" in found(both, **{"federation.weighting": "uniform"})["weighting"].text
+    assert "weighting" not in found(both)
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        (("Credit_Card", "credit_card", "loan"), "similar-labels"),
+        (("credit card", "Credit-Card"), "similar-labels"),
+        (("NaN", "loan"), "missing-labels"),
+        (("None", "loan"), "missing-labels"),
+        (tuple(f"{i}.{i % 7 + 1}" for i in range(12)), "labels"),
+        (tuple(map(str, range(60))), "labels"),
+    ],
+)
+def test_labels_that_are_no_classes_are_found(labels, name) -> None:
+    said = found(federation([60 * len(labels)], labels))
+    assert list(said) == [name]
+    assert said[name].voids == (name == "labels")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("a+", "a-", "b+"), ("-1", "1"), tuple(map(str, range(1, 11))), ("0", "0.5", "1")],
+)
+def test_grades_and_ratings_are_classes(labels) -> None:
+    assert found(federation([60 * len(labels)], labels)) == {}
+
+
+def test_a_rare_class_is_named_with_its_records() -> None:
+    records = federation([100], ("loan", "card"))
+    rare = shard([0] * 97 + [1] * 3)
+    said = found(replace(records, all_train=rare))["rare-labels"]
+    assert "card (3)" in said.text and "loan" not in said.text
+
+
+def test_lost_rows_are_counted_by_reason() -> None:
+    counts = {"rows": 1000, "without_text": 40, "without_label": 5, "without_institution": 6}
+    said = found(federation([500], counts=counts.items()))["lost-rows"]
+    for words in ("51 of 1,000 rows (5 %)", "40 have no text", "5 have no label", "6 have no inst"):
+        assert words in said.text
+    copies = found(federation([500], counts=(counts | {"duplicates_removed": 9}).items()))
+    assert "9 have a copy among the held-out rows" in copies["lost-rows"].text
+    few = counts | {"without_text": 39}
+    assert "lost-rows" not in found(federation([500], counts=few.items()))
+
+
+def test_rows_of_a_test_source_whose_institutions_do_not_train_are_counted() -> None:
+    assert "test-rows-left-out" not in found(federation([500, 500]))
+    counts = {"test_rows": 300, "test_rows_dropped": 40}
+    said = found(federation([500, 500], counts=counts.items()))["test-rows-left-out"]
+    assert "40 of 300 rows of data.test-source are not measured" in said.text
+    assert "bank-0, bank-1" in said.text
+    records = federation([500, 500], counts=counts.items())
+    for view in ("pooled", "only:bank-0"):  # the other rows have institutions that train
+        assert "test-rows-left-out" not in found(records, **{"data.view": view})
+
+
+def test_institutions_left_out_are_named_the_largest_first() -> None:
+    left_out = {f"small-{i}": 9 - i for i in range(9)}
+    said = found(federation([500], left_out=left_out.items()), **{"data.min-records": 10})
+    text = said["left-out"].text
+    assert "9 institutions with 45 training rows" in text and "data.min-records (10)" in text
+    assert "small-0 (9), small-1 (8)" in text and text.endswith("and 4 more")
+
+
+def test_a_void_run_is_refused_until_each_of_its_findings_is_accepted() -> None:
+    records = federation([1, 100])
+    run = config(**{"privacy.epsilon": 0.01})
+    void = findings.findings(run, records, 10)
+    with pytest.raises(
+        InputError, match=r"all the same, add --accept delta --accept noise \(in Python accept="
+    ):
+        findings.refuse(run, void)
+    with pytest.raises(InputError, match=r"to run all the same, add --accept noise \("):
+        findings.refuse(run.replace({"accept": "delta"}), void)
+    findings.refuse(run.replace({"accept": "delta,noise"}), void)
+
+
+def test_only_a_finding_that_voids_a_result_can_be_accepted() -> None:
+    with pytest.raises(InputError, match="accept has 'lost-rows'; it must be one of delta"):
+        config(accept="lost-rows")
+
+
+@pytest.mark.parametrize(
+    ("values", "weighting", "least"),
+    [
+        ({}, "public-size", MIN_NATURAL_RECORDS),
+        ({"data.partition": "natural:bank"}, "public-size", MIN_NATURAL_RECORDS),
+        ({"federation.weighting": "uniform", "data.min-records": 1}, "uniform", 1),
+        ({"federation.robust": "median"}, "uniform", MIN_NATURAL_RECORDS),
+        ({"federation.robust": "multi-krum"}, "public-size", MIN_NATURAL_RECORDS),
+        ({"privacy.institution-epsilon": 8}, "uniform", MIN_NATURAL_RECORDS),
+        ({"privacy.epsilon": "inf"}, "public-size", MIN_NATURAL_RECORDS),
+        ({"data.partition": "iid", "data.institutions": 4}, "public-size", 1),
+        (
+            {"data.source": "institutions", "data.institutions": 4, "data.labels": "a,b"},
+            "uniform",
+            1,
+        ),
+    ],
+)
+def test_a_simulation_weighs_by_size_and_a_natural_partition_leaves_tiny_institutions_out(
+    values, weighting, least
+) -> None:
+    made = from_flat(values)
+    assert (made.federation.weighting, made.data.min_records) == (weighting, least)

@@ -1,0 +1,250 @@
+"""Packed rows: which models take them, and that an example gets there what it gets alone."""
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fedlora.config.sections import AdapterConfig
+from fedlora.config.task_choice import choose_task
+from fedlora.data.data import shard_of
+from fedlora.data.encoding import Encoded
+from fedlora.gradients import attention, exactness, packing
+from fedlora.gradients.per_sample import PerSampleAdapters
+from fedlora.models import lora
+from fedlora.models.encoder import EncoderClassifier
+from fedlora.models.models import Base
+
+LABELS = ("a", "b", "c")
+PAD = 1
+SIZE = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+}
+DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+ENCODERS = {
+    "bert": (hf.BertConfig(**SIZE), 0),
+    "roberta": (hf.RobertaConfig(**SIZE), PAD + 1),
+    "xlm-roberta": (hf.XLMRobertaConfig(**SIZE), PAD + 1),
+    "electra": (hf.ElectraConfig(**SIZE, embedding_size=32), 0),
+    "modernbert": (hf.ModernBertConfig(**SIZE, local_attention=32), 0),
+    "modernbert, a narrower window": (hf.ModernBertConfig(**SIZE, local_attention=16), None),
+    "deberta, positions relative": (hf.DebertaV2Config(**SIZE, relative_attention=True), None),
+}
+LLAMA = SIZE | {"num_key_value_heads": 2}
+CAUSAL = {
+    "llama": (hf.LlamaConfig(**LLAMA), 0),
+    "qwen2": (hf.Qwen2Config(**LLAMA), 0),
+    "mistral": (hf.MistralConfig(**LLAMA, sliding_window=64), 0),
+    "mistral, a narrower window": (hf.MistralConfig(**LLAMA, sliding_window=4), None),
+    "gpt2": (
+        hf.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
+        0,
+    ),
+    "gpt-neox": (hf.GPTNeoXConfig(**SIZE), 0),
+    "opt": (
+        hf.OPTConfig(
+            **{k: v for k, v in SIZE.items() if k not in ("intermediate_size",)},
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+        ),
+        0,
+    ),
+    "lfm2, convolutions over neighbours": (
+        hf.Lfm2Config(**LLAMA, layer_types=["conv", "full_attention"]),
+        None,
+    ),
+    "bloom, positions in the attention": (
+        hf.BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4, pad_token_id=PAD),
+        None,
+    ),
+}
+
+
+def tokenizer():
+    words = ["[UNK]", "[PAD]", *LABELS, *(f"w{i}" for i in range(35))]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", model_max_length=64
+    )
+
+
+def made(family):
+    torch.manual_seed(0)
+    encoder = family in ENCODERS
+    config, first = (ENCODERS if encoder else CAUSAL)[family]
+    if encoder:
+        inner = hf.AutoModel.from_config(config, trust_remote_code=False)
+        inner.config.num_labels = len(LABELS)
+        model = EncoderClassifier(inner.config, inner)
+        torch.nn.init.normal_(model.classifier.weight)
+    else:
+        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    attention.use(model)
+    kind = "encoder" if encoder else "causal"
+    task = choose_task("classification", kind, tokenizer(), prompt="", max_length=16)
+    model.requires_grad_(False).eval()
+    return model, task, first
+
+
+def found_first(model, task):
+    """Where positions begin in packed rows, None for padded rows, as it is found at load."""
+    base = Base(
+        model=model,
+        tokenizer=tokenizer(),
+        kind="encoder" if isinstance(model, EncoderClassifier) else "causal",
+        dtype=torch.float32,
+        digest="",
+        name="made",
+    )
+    targets = ("q_proj", "v_proj") if model.config.model_type == "lfm2" else ()
+    spec = AdapterConfig(method="lora", rank=2, alpha=4.0, target_modules=targets)
+    peft = lora.attach(base, spec, seed=1).eval()
+    found = exactness.examine(peft, PerSampleAdapters(peft), task, LABELS)
+    assert not found.flaw
+    return found.first_position
+
+
+def rows_of(lengths):
+    draw = np.random.default_rng(1)
+    ids = [draw.integers(5, 40, length).tolist() for length in lengths]
+    targets = draw.integers(0, 3, len(lengths)).tolist()
+    return shard_of(Encoded(ids=ids, targets=targets, truncated=[False] * len(ids)))
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *CAUSAL])
+def test_which_models_take_packed_rows_and_that_rows_get_there_what_they_get_alone(family):
+    model, task, first = made(family)
+    assert found_first(model, task) == first
+    if first is None:
+        return
+    shard = rows_of([7, 1, 8, 3, 16, 9])
+    rows = np.arange(len(shard))
+    batch = task.pack(shard, rows, first=first, total=60, slots=8, device=torch.device("cpu"))
+    with torch.no_grad():
+        alone = torch.cat([task.logits(model, task.collate(shard, [i]), LABELS) for i in rows])
+        with packing.use(batch.row):
+            together = task.logits(model, batch, LABELS)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert (alone[1:] - alone[:-1]).abs().max() > 0.1  # rows do differ
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_model_that_is_not_told_positions_takes_padded_rows(family):
+    model, task, _ = made(family)
+    inner = model.transformer if family == "gpt2" else model.bert
+    whole = inner.forward
+    inner.forward = lambda *args, position_ids=None, **options: whole(*args, **options)
+    assert found_first(model, task) is None
+
+
+def test_a_model_whose_tokens_see_their_neighbours_takes_padded_rows():
+    model, task, _ = made("bert")
+    inner = model.bert.embeddings
+    whole = inner.forward
+    inner.forward = lambda *args, **options: whole(*args, **options).roll(1, 1)
+    assert found_first(model, task) is None
+
+
+@pytest.mark.parametrize("slots", [4, 6])
+def test_maps_and_their_transposes_are_each_others(slots):
+    """<A x, y> = <x, A^T y> for all of them, with filler that nothing comes from or goes to."""
+    row = packing.Packing(
+        np.array([3, 8, 9, 1]), np.array([8, 8, 16, 8]), total=25, slots=slots, device="cpu"
+    )
+    assert row.last.tolist() == [2, 10, 19, 20, 2, 10][:slots]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(25, 5, generator=generator, requires_grad=True)
+    e = torch.randn(4, 5, generator=generator, requires_grad=True)
+    for found, argument in ((row.sums(x), x), (row.unpad(row.pad(x)), x), (row.spread(e), e)):
+        y = torch.randn(found.shape, generator=generator)
+        (transposed,) = torch.autograd.grad(found, argument, y)
+        assert torch.isclose((found * y).sum(), (argument * transposed).sum(), rtol=1e-5)
+        if argument is x:
+            assert not transposed[21:].any()
+    torch.testing.assert_close(row.unpad(row.pad(x))[:21], x[:21])
+    assert not row.unpad(row.pad(x))[21:].any()
+    assert not row.spread(e)[21:].any()
+    torch.testing.assert_close(row.means(x)[2], x[11:20].mean(0))
+
+
+def test_what_one_example_holds_never_reaches_another():
+    row = packing.Packing(
+        np.array([3, 8, 9, 1]), np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu"
+    )
+    x, y = torch.ones(25, 5), torch.ones(25, 3)
+    x[3:11] = torch.nan  # example 1
+    x[21:] = torch.inf  # filler
+    fine = [0, 2, 3]
+    assert row.outer(x, y)[fine].isfinite().all()
+    assert row.outer(y, x)[fine].isfinite().all()
+    assert row.sums(x)[fine].isfinite().all()
+    assert row.product(x, torch.ones(4, 5, 2))[[*range(3), *range(11, 21)]].isfinite().all()
+
+
+def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
+    lengths, widths = np.array([9, 3, 17, 8, 1]), np.array([16, 8, 24, 8, 8])
+    row = packing.Packing(lengths, widths, total=44, slots=5, device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(44, n, generator=generator) for n in (5, 3))
+    factors = torch.randn(5, 5, 4, generator=generator)
+    places = [slice(end - n, end) for n, end in zip(lengths, lengths.cumsum(), strict=True)]
+    each = [x[place] for place in places]
+    torch.testing.assert_close(row.sums(x), torch.stack([part.sum(0) for part in each]))
+    torch.testing.assert_close(row.means(x), torch.stack([part.mean(0) for part in each]))
+    products = torch.cat([part @ f for part, f in zip(each, factors, strict=True)])
+    torch.testing.assert_close(row.product(x, factors)[:38], products)
+    outers = torch.stack([x[place].T @ y[place] for place in places])
+    torch.testing.assert_close(row.outer(x, y), outers)
+    torch.testing.assert_close(row.unpad(row.pad(x))[:38], x[:38])
+    e = torch.randn(5, 2, generator=generator)
+    torch.testing.assert_close(row.spread(e)[:38], e.repeat_interleave(torch.tensor(lengths), 0))
+    repeated = torch.autograd.grad(row.sums(x.requires_grad_()).mul(e.sum(1)[:, None]).sum(), x)
+    expected = e.sum(1).repeat_interleave(torch.tensor(lengths))[:, None].expand(38, 5)
+    torch.testing.assert_close(repeated[0][:38], expected)
+
+
+def test_products_of_units_are_those_of_their_tokens():
+    lengths = np.array([3, 8, 9, 1])
+    row = packing.Packing(lengths, np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu")
+    spans = row.spans(torch.tensor([0, 1, 1, 2]), 3)
+    assert spans is not None
+    generator = torch.Generator().manual_seed(1)
+    x, y, plus = (torch.randn(25, n, generator=generator) for n in (5, 3, 4))
+    x[21:] = torch.nan  # filler
+    factors = torch.randn(3, 5, 4, generator=generator)
+    places = [slice(0, 3), slice(3, 20), slice(20, 21)]
+    products = torch.cat([x[place] @ f for place, f in zip(places, factors, strict=True)])
+    before = plus.clone()
+    torch.testing.assert_close(spans.product(x, factors)[:21], products)
+    torch.testing.assert_close(spans.product(x, factors, plus)[:21], plus[:21] + products)
+    assert torch.equal(plus, before)
+    assert not spans.product(x, factors)[21:].any()
+    torch.testing.assert_close(spans.product(x, factors, plus)[21:], plus[21:])
+    outers = torch.stack([x[place].T @ y[place] for place in places])
+    torch.testing.assert_close(spans.outer(x, y), outers)
+
+
+@pytest.mark.parametrize(
+    ("unit", "sorted_"),
+    [([0, 1, 0, 1], False), ([1, 0, 0, 0], False), ([1, 1, 3, 3], True), ([0, 0, 0, 0], True)],
+)
+def test_units_have_places_if_examples_are_sorted_by_unit(unit, sorted_):
+    row = packing.Packing(
+        np.array([3, 8, 9, 1]), np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu"
+    )
+    spans = row.spans(torch.tensor(unit), 5)
+    assert (spans is not None) == sorted_
+    if spans is not None:  # a unit without examples has sums of zero
+        x = torch.ones(25, 1)
+        counts = [
+            sum(n for n, u in zip([3, 8, 9, 1], unit, strict=True) if u == k) for k in range(5)
+        ]
+        assert spans.outer(x, x).flatten().tolist() == counts
