@@ -568,7 +568,7 @@ def _gpu() -> str:
 
 
 def _model(name: str) -> str:
-    from fedlora.models import model_files
+    from fedlora.models import base_directory, model_files
 
     found = model_files.resolve(name)
-    return f"{found.path}, SHA-256 {model_files.digest(found.weights)[:12]}..."
+    return f"{found.path}, SHA-256 {base_directory.digest(found)[:12]}..."

@@ -24,8 +24,8 @@ from fedlora.config import plugins
 from fedlora.config.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
 from fedlora.data import records
 from fedlora.errors import InputError
-from fedlora.files import expanded
-from fedlora.models import model_files
+from fedlora.files import expanded, sha256
+from fedlora.models import base_directory, model_files
 from fedlora.privacy.budget import rate_of
 from server import binding
 
@@ -401,14 +401,14 @@ def _cell(arm: str, institution: str, config: RunConfig, key: str) -> Cell:
         shards = [seen.train(i) for i in range(len(seen.names))]
         each = [(len(shard), rate_of(config, shard)) for shard in shards]
         work += tokens * 6 * config.home.work_of_all(each)
-    weights = model_files.resolve(config.model.name).weights
-    size = sum(file.stat().st_size for file in weights)
-    inputs = [config.fingerprint(), model_files.digest(weights), seen.fingerprint()]
+    base = model_files.resolve(config.model.name)
+    size = sum(file.stat().st_size for file in base.weights)
+    inputs = [config.fingerprint(), base_directory.digest(base), seen.fingerprint()]
     inputs.append(records.encoding(config))
     if config.adapter.start:  # another adapter may come to stand there
         folder = expanded(config.adapter.start)
         files = [f for place in (folder, folder / "adapter") for f in place.glob("*.safetensors")]
-        inputs.append(model_files.digest(tuple(sorted(files))))
+        inputs += [sha256(file) for file in sorted(files)]
     if config.plug_ins:  # their code may change under one name
         inputs.append(json.dumps(plugins.describe(config.plug_ins)))
     digest = binding.keyed(key, "\n".join(inputs))

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from fedlora.config.config import RunConfig, load
 from fedlora.data import records
 from fedlora.errors import InputError, Refusal
-from fedlora.models import model_files
+from fedlora.files import expanded
+from fedlora.models import base_directory, model_files
 from fedlora.privacy import accounting, composition, odds
 from fedlora.rounding import at_most
 from fedlora.runs import model_card, seal
@@ -181,13 +182,15 @@ class _Checks:
         base, config = self._bound["base"], self._config()
         _same("name", base["name"], model_card.base_name(config), CONFIG)
         said = read_run_file(self.run_dir)["base"]["digest"]
-        _same("SHA-256 of its weights", base["digest"], said, RESULT)
+        _same("SHA-256 of its files", base["digest"], said, RESULT)
         try:
-            weights = model_files.resolve(config.model.name).weights
+            files = model_files.resolve(config.model.name)
         except InputError as error:
-            raise _Skipped(f"its weights are not here ({error})") from None
-        _same("SHA-256 of its weights", base["digest"], model_files.digest(weights), base["name"])
-        return f"{base['name']}, SHA-256 of its weights {base['digest']}"
+            if expanded(config.model.name).is_dir():  # it is here, and refused
+                raise ValueError(str(error)) from None
+            raise _Skipped(f"its files are not here ({error})") from None
+        _same("SHA-256 of its files", base["digest"], base_directory.digest(files), base["name"])
+        return f"{base['name']}, SHA-256 of its files {base['digest']}"
 
     def _records(self) -> str:
         config, said = self._config(), self._bound["records"]

@@ -10,8 +10,8 @@ from fedlora.data.encoding import (
     ResponsePrompt,
 )
 from fedlora.errors import InputError
+from fedlora.models.base_directory import Kind
 from fedlora.models.classification import Classification
-from fedlora.models.model_files import Kind
 from fedlora.models.sft import Sft
 from fedlora.models.tasks import Task
 

@@ -10,17 +10,17 @@ Reference: Reimers and Gurevych (2019), Sentence-BERT, arXiv 1908.10084.
 # pyright: reportUnknownArgumentType=false
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedlora.errors import InputError
 from fedlora.gradients import packing
-from fedlora.models import mean_pooling
+from fedlora.models import mean_pooling, weights
+from fedlora.models.base_directory import ModelFiles
 from fedlora.models.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig, without_pooler
 
 HEAD = "classifier"
@@ -63,17 +63,6 @@ class EncoderClassifier(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: the encoder is loaded and the head starts at zero."""
 
-    @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
-        """As in transformers; ``AutoConfig`` finds the encoder's own configuration class.
-
-        Code of the directory is never run, whatever ``trust_remote_code`` says.
-        """
-        options.pop("trust_remote_code", None)
-        if options.get("config") is None:
-            options["config"] = configuration(path)
-        return super().from_pretrained(path, *args, trust_remote_code=False, **options)
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -114,18 +103,16 @@ class EncoderClassifier(PreTrainedModel):
         return model.eval()
 
 
-def configuration(path: Path) -> PreTrainedConfig:
+def configuration(files: ModelFiles) -> PreTrainedConfig:
     """The configuration of the encoder in a directory; that of a merged classifier has classes.
 
     Raises:
-        ValueError: As ``AutoConfig``, for example for an architecture that transformers does not
-            know.
+        InputError: If transformers does not know the architecture.
     """
-    content, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
-    if content.get("model_type") != MeanPoolingConfig.model_type:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    saved = MeanPoolingConfig.from_dict(content)
-    config: Any = AutoConfig.for_model(**cast(dict[str, Any], saved.encoder))
+    if files.config.get("model_type") != MeanPoolingConfig.model_type:
+        return weights.configuration(files.name, files.config)
+    saved = MeanPoolingConfig.from_dict(dict(files.config))
+    config = weights.configuration(files.name, cast(dict[str, Any], saved.encoder))
     config.id2label, config.label2id = saved.id2label, saved.label2id
     config.architectures = [EncoderClassifier.__name__]
     return config
@@ -136,33 +123,33 @@ def is_merged(config: PreTrainedConfig) -> bool:
     return EncoderClassifier.__name__ in (config.architectures or ())
 
 
-def load(path: Path, *, name: str, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:
+def load(files: ModelFiles, *, num_labels: int, options: dict[str, Any]) -> EncoderClassifier:
     """An encoder with a head, or a saved `EncoderClassifier` with its own.
 
     Args:
-        path: Directory of the model.
-        name: The model's name, as the user wrote it.
+        files: The model's files.
         num_labels: Classes of the head.
         options: Arguments of ``from_pretrained``.
 
     Raises:
-        InputError: If a saved classifier has another number of classes.
+        InputError: If a saved classifier has another number of classes, and as `weights.fill`.
     """
-    config: Any = configuration(path)
+    config: Any = configuration(files)
     if is_merged(config):
         if config.num_labels != num_labels:
             raise InputError(
-                f"model.name is {name!r}, a classifier of {config.num_labels} classes, but "
+                f"model.name is {files.name!r}, a classifier of {config.num_labels} classes, but "
                 f"the data have {num_labels}; take its base model or data with those classes"
             )
         if (quantization := options.get("quantization_config")) is not None:
             quantization.llm_int8_skip_modules = [HEAD]  # it is trained
-        return EncoderClassifier.from_pretrained(
-            path, config=config, trust_remote_code=False, **options
-        )
-    encoder: Any = AutoModel.from_pretrained(
-        path, trust_remote_code=False, **without_pooler(config), **options
-    )
+        return weights.fill(files, config, EncoderClassifier, options)
+    pooler = without_pooler(config)
+
+    def build(config: Any) -> Any:
+        return AutoModel.from_config(config, trust_remote_code=False, **pooler)
+
+    encoder = weights.fill(files, config, build, {**options, **pooler})
     encoder.config.num_labels = num_labels
     model: Any = EncoderClassifier(encoder.config, encoder)
     model.classifier.to(encoder.device)

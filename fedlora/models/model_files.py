@@ -1,62 +1,27 @@
-"""Files of base models: found by hub name, directory or package, and checked without loading.
+"""Base models found by hub name, directory or package; `base_directory` checks what is found.
 
-Importing this module loads neither torch nor transformers. Weights are safetensors only, because a
-pickle can run code when it is opened.
+Importing this module loads neither torch nor transformers.
 """
 
 # pyright: reportUnknownVariableType=false
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from fedlora.errors import InputError
-from fedlora.files import expanded, sha256
+from fedlora.files import expanded
+from fedlora.models.base_directory import MERGED, PICKLES, ModelFiles, inspect, no_safetensors
 
-Kind = Literal["encoder", "causal"]
-
-CAUSAL_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "GenerationDecoder")
-"""Endings of the class names of causal models in config.json."""
-SENSES = ("vision_config", "audio_config")
-"""Keys of a config.json of a model that takes more than text."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-MERGED = "merged.json"
-"""Of a model of `fedlora merge`: its `Origin` values, those behind its start and base too."""
 ONE_INSTITUTION = "(one institution)"
 """``source`` of an `Origin` that stands beside the one with the file of an own model's institution:
 in a deployed run, which knows no institution's file, the records may be the same."""
 LICENCES = ("LICENSE*", "NOTICE*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *LICENCES]
 HUB_TIMEOUT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFiles:
-    """A base model on this machine's disk, checked but not loaded.
-
-    Args:
-        name: The model's name, as the user wrote it.
-        path: Directory with ``config.json``, the weights and the tokenizer.
-        weights: Its safetensors files, sorted by name.
-        kind: ``causal`` for a language model with a head, ``encoder`` for a model that returns
-            hidden states.
-        positions: The number of positions, the most tokens of a row; 0 when ``config.json`` sets
-            no limit.
-        vocabulary: The number of tokens that it knows; 0 when ``config.json`` does not say.
-    """
-
-    name: str
-    path: Path
-    weights: tuple[Path, ...]
-    kind: Kind
-    positions: int
-    vocabulary: int
 
 
 def resolve(name: str) -> ModelFiles:
@@ -69,10 +34,10 @@ def resolve(name: str) -> ModelFiles:
         InputError: If it does not exist, is not readable, or holds pickles instead of safetensors.
     """
     if name.startswith("package:"):
-        return _inspect(name, _package_directory(name))
+        return inspect(name, _package_directory(name))
     path = expanded(name)
     if path.is_dir():
-        return _inspect(name, path)
+        return inspect(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(
             f"model.name is {name!r}, which is no directory here; give a directory with "
@@ -177,7 +142,7 @@ def _from_hub(name: str) -> ModelFiles:
     hint = f"download it where there is a network (hf download {name}) or give a directory"
     incomplete: InputError | None = None  # names the problem of a copy in the cache
     try:
-        return _inspect(name, snapshot(local_files_only=True))
+        return inspect(name, snapshot(local_files_only=True))
     except HFValidationError:
         raise InputError(
             f"model.name is {name!r}, which is neither a directory here ({here}) nor a hub name; "
@@ -197,10 +162,10 @@ def _from_hub(name: str) -> ModelFiles:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
         listed = {file.rfilename for file in info.siblings or ()}
         if not any(file.endswith(".safetensors") for file in listed):
-            raise _no_safetensors(
+            raise no_safetensors(
                 name, pickled=any(Path(file).match(p) for file in listed for p in PICKLES)
             )
-        return _inspect(name, snapshot(local_files_only=False))
+        return inspect(name, snapshot(local_files_only=False))
     except InputError:
         raise
     except RepositoryNotFoundError:
@@ -213,115 +178,6 @@ def _from_hub(name: str) -> ModelFiles:
             f"model.name is {name!r}, which is not on this machine ({here}, hub cache), and the "
             f"hub cannot be reached ({type(error).__name__}); {hint}"
         ) from None
-
-
-def _no_safetensors(name: str, *, pickled: bool) -> InputError:
-    if pickled:
-        return InputError(
-            f"model.name is {name!r}, whose weights are pickles only, which can run code when "
-            "opened; convert them (save_pretrained writes safetensors) or choose another model"
-        )
-    return InputError(
-        f"model.name is {name!r}, which holds neither model.safetensors nor "
-        "model.safetensors.index.json; give a directory with config.json and one of these"
-    )
-
-
-def _inspect(name: str, path: Path) -> ModelFiles:
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if type(config) is not dict:
-            raise ValueError("no object")
-        architectures: list[str] = config.get("architectures") or []
-        causal = any(item.endswith(CAUSAL_ARCHITECTURES) for item in architectures)
-        own = config.get("encoder") or config  # a merged classifier describes its encoder there
-        positions = int(own.get("max_position_embeddings") or own.get("n_positions") or 0)
-        text = own.get("text_config") or own
-        vocabulary = int(text.get("vocab_size") or 0)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        raise InputError(
-            f"model.name is {name!r}, whose config.json cannot be read ({type(error).__name__}); "
-            f"it belongs into {path}"
-        ) from None
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file():
-        weights = (path / "model.safetensors",)
-    elif index.is_file():
-        try:
-            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            weights = tuple(path / file for file in sorted(set(shards.values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(
-                f"model.name is {name!r}, whose {index.name} cannot be read; download it again"
-            ) from None
-    else:
-        raise _no_safetensors(name, pickled=any(any(path.glob(p)) for p in PICKLES))
-    if missing := [file.name for file in weights if not file.is_file()]:
-        raise InputError(
-            f"model.name is {name!r}, which lacks {', '.join(missing)} in {path}; download it again"
-        )
-    if config.get("is_encoder_decoder"):
-        raise encoder_decoder_error(name, config.get("model_type"))
-    if not causal and (senses := [key for key in SENSES if config.get(key)]):
-        raise InputError(
-            f"model.name is {name!r}, a model of more than text ({senses[0]} in its config.json); "
-            "choose a checkpoint for text only"
-        )
-    how: Any = config.get("quantization_config")
-    method: Any = cast(dict[str, Any], how).get("quant_method") if isinstance(how, dict) else how
-    packed = isinstance(how, dict) and ("load_in_4bit" in how or "load_in_8bit" in how)
-    if how and not packed and method != "bitsandbytes":
-        raise InputError(
-            f"model.name is {name!r}, whose weights are quantised already ({str(method)[:40]!r}), "
-            "which fedlora can neither train on exactly nor merge; take the checkpoint that it "
-            "was made from, with model.quantization nf4 or int8 where memory is short"
-        )
-    return ModelFiles(
-        name=name,
-        path=path,
-        weights=weights,
-        kind="causal" if causal else "encoder",
-        positions=positions,
-        vocabulary=vocabulary,
-    )
-
-
-def encoder_decoder_error(name: str, model_type: Any) -> InputError:
-    """The error for an encoder-decoder or a part of one."""
-    return InputError(
-        f"model.name is {name!r}, an encoder-decoder or a part of one ({model_type}); "
-        "choose an encoder or a causal language model"
-    )
-
-
-def digest(weights: tuple[Path, ...]) -> str:
-    """SHA-256 (hex) over the weight files.
-
-    Each process reads every file itself, and reads it again when it was written or replaced.
-    """
-    digests = [_file_digest(file, _identity(file)) for file in map(Path.resolve, weights)]
-    if len(digests) == 1:
-        return digests[0]
-    lines = "".join(f"{file.name} {value}\n" for file, value in zip(weights, digests, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    """Numbers that change when a file is written or replaced: no program can set ctime."""
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-@cache
-def _file_digest(file: Path, identity: tuple[int, ...]) -> str:
-    return sha256(file)
 
 
 def files_for(name: str, task: str) -> ModelFiles:

@@ -1,14 +1,17 @@
-"""Base models: loaded frozen in one dtype from files that `fedlora.models.model_files` has checked.
+"""Base models: loaded frozen in one dtype from files that `base_directory` has checked.
 
-Weights come from safetensors only (a pickle can run code when it is opened), and no code of a
-model repository is run.
+Weights come from safetensors only (a pickle can run code when it is opened), no code of a model
+repository is run, and the directory itself is not shown to transformers (`fedlora.models.weights`).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
 import copy
+import json
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.extras import require
-from fedlora.models.model_files import (
+from fedlora.models.base_directory import (
+    TOKENIZER,
     Kind,
     ModelFiles,
     digest,
     encoder_decoder_error,
-    files_for,
-    resolve,
 )
+from fedlora.models.model_files import files_for, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +46,7 @@ class Base:
         tokenizer: The tokenizer, with a padding token.
         kind: See `ModelFiles`.
         dtype: The dtype of activations and of frozen weights that are not quantised.
-        digest: SHA-256 (hex) of the weight files; equal digests mean equal weights.
+        digest: SHA-256 (hex) over every file that was read; equal digests mean equal models.
         name: The model's name, as the user wrote it.
     """
 
@@ -107,13 +110,17 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     files = resolve(name)
-    try:
-        with _quiet():  # transformers notes that it does not know a merged classifier's type
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                files.path, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # errors of Python, transformers or the Rust tokenizers
-        raise _cannot_open(files, error) from error
+    with tempfile.TemporaryDirectory() as copy:  # transformers finds nothing else in there
+        for file in files.read:
+            if file.name in ("config.json", *TOKENIZER):
+                shutil.copyfile(file, Path(copy) / file.name)
+        try:
+            with _quiet():  # transformers notes that it does not know a merged classifier's type
+                tokenizer: Any = AutoTokenizer.from_pretrained(
+                    copy, local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:  # errors of Python, transformers or the Rust tokenizers
+            raise _cannot_open(files, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -136,12 +143,6 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> list[Path]:
 
 
 def _cannot_open(files: ModelFiles, error: Exception) -> InputError:
-    if "trust_remote_code" in str(error):
-        return InputError(
-            f"model.name is {files.name!r}, which needs code of its own directory ({files.path}) "
-            "to be opened, and such code is never run; choose a model that transformers itself "
-            "knows"
-        )
     why = (str(error).splitlines() or [""])[0]
     return InputError(
         f"model.name is {files.name!r}, which transformers cannot open "
@@ -193,7 +194,7 @@ def load_base(
         logging.ERROR
     )  # otherwise it logs a line for each layer and forward
     tokenizer = load_tokenizer(name)
-    weights_digest = digest(files.weights)
+    named = digest(files)
     with _quiet():
         try:
             model = _open(files, num_labels, options)
@@ -201,9 +202,9 @@ def load_base(
             raise
         except Exception as error:  # of Python, transformers, torch or safetensors
             raise _cannot_open(files, error) from error
-    if digest(files.weights) != weights_digest:
+    if resolve(name).state != files.state:
         raise InputError(
-            f"model.name is {name!r}, whose weights changed while they were loaded; run again when "
+            f"model.name is {name!r}, whose files changed while they were loaded; run again when "
             "nobody writes to them"
         )
     _freeze_behaviour(model)
@@ -214,7 +215,7 @@ def load_base(
         tokenizer=tokenizer,
         kind=files.kind,
         dtype=weights_dtype,
-        digest=weights_digest,
+        digest=named,
         name=name,
     )
 
@@ -223,11 +224,7 @@ def _options(quantization: str, dtype: "torch.dtype", device: str) -> dict[str, 
     """Arguments of ``from_pretrained`` for weights of this dtype, on this device."""
     from transformers import BitsAndBytesConfig
 
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
+    options: dict[str, Any] = {"dtype": dtype}
     if quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantization == "nf4",
@@ -243,17 +240,24 @@ def _options(quantization: str, dtype: "torch.dtype", device: str) -> dict[str, 
 
 def _open(files: ModelFiles, num_labels: int, options: dict[str, Any]) -> Any:
     """The model of these files; an encoder gets mean pooling and a head."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from fedlora.models import encoder
+    from fedlora.models import encoder, weights
+
+    def causal(config: Any) -> Any:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     if files.kind == "causal":
-        return AutoModelForCausalLM.from_pretrained(files.path, trust_remote_code=False, **options)
-    family: Any = encoder.configuration(files.path)
+        config = weights.configuration(files.name, files.config)
+        model = weights.fill(files, config, causal, options)
+        if (own := files.path / "generation_config.json") in files.read:
+            model.generation_config = GenerationConfig.from_dict(json.loads(own.read_bytes()))
+        return model
+    family: Any = encoder.configuration(files)
     # The configuration of a saved T5 encoder denies being an encoder-decoder; its family is one.
     if getattr(type(family), "is_encoder_decoder", False) is True:
         raise encoder_decoder_error(files.name, family.model_type)
-    return encoder.load(files.path, name=files.name, num_labels=num_labels, options=options)
+    return encoder.load(files, num_labels=num_labels, options=options)
 
 
 def _freeze_behaviour(model: Any) -> None:

@@ -25,7 +25,7 @@ from fedlora.data.encoding import Encoded
 from fedlora.errors import InputError, Refusal
 from fedlora.gradients import exactness, lora_layers, verdicts
 from fedlora.gradients.per_sample import PerSampleAdapters
-from fedlora.models import adapters, label_words, lora, model_files, models
+from fedlora.models import adapters, base_directory, label_words, lora, model_files, models
 from fedlora.models.adapters import AdapterState
 from fedlora.models.encoder import is_merged
 from fedlora.models.tasks import Task
@@ -117,12 +117,12 @@ _files = functools.lru_cache(maxsize=1)(model_files.resolve)  # every message co
 
 
 def _weights(name: str) -> str:
-    """The digest of a base model's weights of now."""
+    """The digest of a base model's files of now."""
     try:
-        return model_files.digest(_files(name).weights)
+        return base_directory.digest(_files(name))
     except OSError:  # they were moved
         _files.cache_clear()
-        return model_files.digest(_files(name).weights)
+        return base_directory.digest(_files(name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from fedlora.config.config import RunConfig, load
 from fedlora.models.encoder import EncoderClassifier
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
-from fedlora.models.model_files import MERGED, Origin
+from fedlora.models.base_directory import MERGED
+from fedlora.models.model_files import Origin
 from fedlora.runs.run_files import (
     CONFIG,
     HOME_CONFIG,
@@ -320,7 +321,7 @@ def merge(
 
     The classifier of an encoder is written with the code of its class (`models.mean_pooling`). The
     card says what the run promises, that of an own model what its adapter's card does, also whether
-    it may leave. The file `model_files.MERGED` names run and source, and those behind the start of
+    it may leave. The file `base_directory.MERGED` names run and source, and those behind the start of
     the run, so that no run under DP on the same records takes the model for a base that never saw
     them.
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import shutil
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from fedlora.data import sources
 from fedlora.errors import InputError
-from fedlora.models import model_files
+from fedlora.models import base_directory, model_files
 from fedlora.models.adapters import AdapterState
 
 COMMIT = "0123456789" * 4
@@ -170,9 +171,20 @@ def test_a_model_is_downloaded_once_and_without_what_is_not_needed(hub, tiny_enc
     assert sorted(hub.asked) == sorted(file.name for file in tiny_encoder.iterdir())
     assert found.path.is_relative_to(hub.cache)
     direct = model_files.resolve(str(tiny_encoder))
-    assert model_files.digest(found.weights) == model_files.digest(direct.weights)
+    assert base_directory.digest(found) == base_directory.digest(direct)
     hub.online = False
     assert model_files.resolve("org/tiny") == found
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cached_model_with_an_adapter_beside_it_is_refused(hub, tiny_encoder, tmp_path, offline):
+    planted = shutil.copytree(tiny_encoder, tmp_path / "planted")
+    (planted / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    cached_model(hub, "org/planted", planted)
+    hub.online = False
+    hub.set_offline(offline)
+    with pytest.raises(InputError, match=r"'org/planted', .* adapter_config\.json"):
+        model_files.resolve("org/planted")
 
 
 @pytest.mark.parametrize("offline", [True, False])
