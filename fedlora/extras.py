@@ -34,10 +34,9 @@ def version(package: str) -> str:
 
 
 def require_page_packages(purpose: str) -> None:
-    """Check that the packages that draw a page are installed.
+    """Check that the package that draws a page's pictures is installed.
 
     Raises:
         InputError: Naming the missing package and the remedy.
     """
-    for package in ("jinja2", "matplotlib"):
-        require(package, "experiments", purpose)
+    require("matplotlib", "experiments", purpose)

@@ -64,8 +64,13 @@ def fill(
     with torch.device("meta"):
         reference = build(config)
     model, found = type(reference).from_pretrained(
-        None, config=config, state_dict=_read(files), output_loading_info=True, **options
-    )  # no directory, so no code of one
+        None,  # no directory
+        config=config,
+        state_dict=_read(files),
+        output_loading_info=True,
+        trust_remote_code=False,
+        **options,
+    )
     expected = dict(reference.named_parameters())
     loaded = dict(model.named_parameters())
     wrong = {*found["missing_keys"], *(expected.keys() ^ loaded.keys())}

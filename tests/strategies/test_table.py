@@ -47,7 +47,7 @@ def test_a_file_and_a_line_in_the_table_add_a_strategy_that_runs(tmp_path, tiny_
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "strategies" / "halfway.py").write_text(FILE)
-    table = copy / "fedlora" / "strategy_table.py"
+    table = copy / "fedlora" / "config" / "strategy_table.py"
     head, last, rest = table.read_text().partition('    "ffa": Traits(')
     table.write_text(head + LINE + last + rest)
 

@@ -279,6 +279,7 @@ def test_examples_and_tokens_are_as_many_as_no_dimension_of_the_model(hidden, tm
 
 
 def test_a_model_is_examined_once_for_each_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     calls = []
     whole = exactness.examine
     monkeypatch.setattr(exactness, "examine", lambda *args: calls.append(1) or whole(*args))

@@ -36,7 +36,7 @@ def commit_seen_from(package):
         check=True,
     )
     file, commit = done.stdout.split()
-    assert Path(file).parent == package
+    assert Path(file).parents[1] == package
     return commit.strip("'")
 
 
