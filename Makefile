@@ -44,7 +44,7 @@ types: $(READY)  ## static types
 
 check: lint types test  ## the gate: format, lint, types, fast tests
 
-bench: $(READY)  ## the table of docs/performance.md, both sides in turn; on an idle machine, about an hour and a half
+bench: $(READY)  ## the table of docs/performance.md; on an idle machine, about half an hour
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 constraints:  ## write constraints.txt anew, from the newest releases that pyproject.toml allows

@@ -124,7 +124,7 @@ def random_rows(arguments: argparse.Namespace, config: Any) -> Any:
 
 def _peak(side: str, arguments: argparse.Namespace) -> float:
     """What steps take at their highest beyond what the process holds before the first, MiB."""
-    from benchmarks.aggregation import forget_peak, resident
+    from benchmarks.measure import forget_peak, resident
 
     (step,) = sides(arguments, side)
     held = resident("VmRSS")

@@ -43,6 +43,17 @@ def pss_mib(pid: int) -> float:
     return 0.0
 
 
+def resident(what: str) -> int:
+    """Bytes of memory that this process holds (``VmRSS``) or held at most (``VmHWM``)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"^{what}:\s+(\d+)", status, re.MULTILINE)[0])
+
+
+def forget_peak() -> None:
+    """Begin the highest resident memory of this process anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def tree_mib(root: int) -> float:
     """Proportional memory of a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,6 +1,6 @@
-"""Cost of secure aggregation: masks, setup, rounds and bytes, beside Flower's SecAgg+.
+"""Cost of secure aggregation: setup, rounds and bytes.
 
-Usage: python -m benchmarks.secure_aggregation [--institutions 10 39 100 300 1000] [--flower 10 39]
+Usage: python -m benchmarks.secure_aggregation [--institutions 10 39 100 300 1000]
 
 Every institution runs with its real keys and its own store, in this process and its workers; every
 figure is measured, none extrapolated. The times of an institution are medians over the institutions
@@ -22,7 +22,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.secure_party import SecureParty
-from fedlora.secure import masks, secure_aggregation
+from fedlora.secure import secure_aggregation
 from fedlora.secure.secure_aggregation import Terms
 from server.secure_sum import SecureRound, SecureSetup
 
@@ -30,23 +30,8 @@ DIGEST = bytes(32)
 PARAMETERS = 75_000
 ROUNDS = 30
 """Rounds for which keys are made."""
-MASK_PARAMETERS = 40_000_000
-MASK_PEERS = 39
 _parties: dict[str, SecureParty] = {}
 """The parties of a run; worker processes inherit them."""
-
-
-def mask_rate() -> str:
-    """Bytes of masks per second on one core, for a vector and the keys of all peers."""
-    words = np.ones(MASK_PARAMETERS, dtype="<u8")
-    keys = [bytes([i]) * 32 for i in range(MASK_PEERS)]
-    started = time.perf_counter()
-    masks.apply(words, add=keys[: MASK_PEERS // 2], subtract=keys[MASK_PEERS // 2 :])
-    seconds = time.perf_counter() - started
-    return (
-        f"masks of {MASK_PEERS} peers over {MASK_PARAMETERS} parameters, all run: {seconds:.2f} s, "
-        f"{MASK_PEERS * words.nbytes / seconds / 1e9:.2f} GB/s on one core"
-    )
 
 
 def lost_of(count: int) -> int:
@@ -219,74 +204,38 @@ def cost(count: int, processes: int) -> dict[str, object]:
         "lost": lost,
         "setup": setup_cost,
         "round": round_cost,
-        "bytes_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes", "down_bytes")),
-        "up_ratio": _ratio(terms, setup_cost, round_cost, ("up_bytes",)),
+        "bytes_ratio": _ratio(terms, setup_cost, round_cost),
     }
 
 
-def _ratio(terms: Terms, setup, one_round, ways: Sequence[str]) -> float:
+def _ratio(terms: Terms, setup, one_round) -> float:
     """Bytes of a run over those of one without, which sends a float32 adapter each way."""
-    plain = terms.rounds * len(ways) * 4 * terms.parameters
-    order = terms.rounds * 4 * terms.parameters if "down_bytes" in ways else 0
+    ways, adapter = ("up_bytes", "down_bytes"), terms.rounds * 4 * terms.parameters
     ours = sum(setup[way] + terms.rounds * one_round[way] for way in ways)
-    return (order + ours) / plain
+    return (adapter + ours) / (2 * adapter)
 
 
 def table(rows) -> str:
     """The costs as text."""
-    phase = ("s", "server s", "up kB", "down kB")
-    head = (
-        *("institutions", "protocol", "rounds of keys", "lost"),
-        *(f"setup {name}" for name in phase),
-        *(f"round {name}" for name in phase),
-        *("bytes / without", "up / without"),
-    )
+    columns = ("institution_seconds", "server_seconds", "up_bytes", "down_bytes")
+    phases = ("setup", "round")
+    head = ["institutions", "lost", *(f"{p} {c}" for p in phases for c in columns), "bytes ratio"]
     lines = [head]
     for row in rows:
-        phases = [row["setup"], row["round"]]
-        figures = [
-            "" if phase is None else f"{phase[key] / unit:.3g}"
-            for phase in phases
-            for key, unit in (
-                ("institution_seconds", 1),
-                ("server_seconds", 1),
-                ("up_bytes", 1000),
-                ("down_bytes", 1000),
-            )
-        ]
-        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("bytes_ratio", "up_ratio")]
-        name = row.get("protocol", "fedlora")
-        start = [row["institutions"], name, row.get("rounds", ""), row["lost"]]
-        lines.append((*map(str, start), *figures, *ratios))
+        figures = [f"{row[phase][column]:.3g}" for phase in phases for column in columns]
+        lines.append([str(row["institutions"]), str(row["lost"]), *figures])
+        lines[-1].append(f"{row['bytes_ratio']:.2f}")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--institutions", type=int, nargs="*", default=[10, 39, 100, 300, 1000])
-    parser.add_argument("--flower", type=int, nargs="*", default=[10, 39])
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     rows: list[dict[str, object]] = []
-    print(mask_rate(), flush=True)
     for count in arguments.institutions:
         rows.append(cost(count, arguments.processes))
-        print(table(rows[-1:]), flush=True)
-    for count in arguments.flower:
-        from benchmarks import rival_secagg  # loads Flower, which the other rows do without
-
-        threshold = (count + max(1, count // 13)) // 2 + 1
-        lost = lost_of(count)
-        figures = rival_secagg.one_round(count, PARAMETERS, lost, threshold)
-        rows.append(
-            {
-                "institutions": count,
-                "protocol": "Flower SecAgg+",
-                "lost": lost,
-                "setup": None,
-                "round": figures,
-            }
-        )
         print(table(rows[-1:]), flush=True)
     print("\n" + table(rows))
 

@@ -10,7 +10,6 @@ such that both see equally many rows.
 import csv
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +26,6 @@ from fedlora.models.models import fast_bf16
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "work.toml"
-PFL = ("pfl==0.4.0", "multiprocess==0.70.18", "prv-accountant==0.2.0")
-"""Packages that rival_pfl needs beside those of this environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,18 +149,3 @@ def environment(cache: Path) -> Mapping[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(HERE.parent),
     }
-
-
-def pfl_python(directory: Path) -> Path:
-    """The interpreter of an environment with pfl, which is created if it is missing."""
-    python = directory / "bin" / "python"
-    if not (directory / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PFL], check=True)
-        (site,) = directory.glob("lib/python*/site-packages")
-        ours = next(p for p in sys.path if p.endswith("site-packages"))
-        (site / "beside.pth").write_text(
-            ours + "\n"
-        )  # after its own packages, so torch is the same
-        (directory / ".ready").touch()
-    return python

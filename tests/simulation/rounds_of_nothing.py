@@ -5,7 +5,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
 from server.exchange import exchange
 
-EMPTY = "benchmarks.empty_client:app"
+EMPTY = "tests.simulation.empty_client:app"
 
 
 def one_round(grid, ttl=60.0):

@@ -18,12 +18,12 @@ from ray._private import parameter, services
 from ray._private.node import Node
 from ray.exceptions import ObjectLostError
 
-from benchmarks.empty_client import app
 from server.exchange import exchange
 from server.roster import UNTIMED_TOGETHER
 from simulation.engines.grid import MAX_ADAPTER_BYTES_PER_CALL, MAX_MESSAGES_PER_CALL, identify
 from simulation.engines.inline import InlineGrid
 from simulation.engines.ray import RayGrid, WorkerSpec, _group, _Job, _Worker, started
+from tests.simulation.empty_client import app
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 from tests.simulation.workers import worker_pids
 
