@@ -20,7 +20,7 @@ from typing import Any
 
 import tomli_w
 
-from fedlora.config import config_rules, schemes
+from fedlora.config import config_rules, gone, schemes
 from fedlora.config.sections import (
     INSTITUTIONS,
     MIN_NATURAL_RECORDS,
@@ -278,6 +278,8 @@ def check_values(values: Mapping[str, Any]) -> None:
 def _field(name: str) -> tuple[dataclasses.Field[Any], Any]:
     """The field of a key, and its type. Raises `InputError` for what is no key."""
     known = _fields()
+    if name in gone.KEYS:
+        raise InputError(f"{name} is gone; {gone.KEYS[name]}")
     if name not in known:
         raise InputError(f"{name} is not a configuration key; {_meant(name)}")
     return known[name]

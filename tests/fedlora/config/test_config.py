@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pandas
 import pytest
 
 import fedlora
-from fedlora.config import config
+from fedlora.config import config, gone
 from fedlora.config.sections import HomeConfig
 from fedlora.errors import InputError
 
@@ -61,6 +62,13 @@ def test_a_run_of_another_version_that_cannot_be_read_names_that_version(tmp_pat
         (tmp_path / "environment.json").write_text(damaged)
         with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
             config.load(file)
+
+
+@pytest.mark.parametrize("key", gone.KEYS)
+def test_a_key_that_is_gone_says_what_to_use(key):
+    assert key not in config.RunConfig().flat()
+    with pytest.raises(InputError, match=rf"^{re.escape(key)} is gone; \S"):
+        config.from_flat({key: 1})
 
 
 def test_every_key_is_described_with_its_default():
