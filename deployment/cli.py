@@ -157,8 +157,7 @@ def server() -> None:
     os.environ["TMPDIR"] = str(here.scratch())
     superexec = [
         *(sys.executable, "-P", "-m", "deployment.server_launcher"),
-        *("--runtime-api-address", here.superlink, "--root-certificates", str(here.ca)),
-        *("--superexec-auth-secret-file", str(here.secret)),
+        *(here.superlink, str(here.ca), str(here.secret)),
     ]
     keeper = [sys.executable, "-P", "-m", "cli.main", "deploy", "keep"]
     keeper += ["--since", str(time.monotonic())]  # before the first ServerApp can run

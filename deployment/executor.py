@@ -1,83 +1,121 @@
-"""One message at an institution: it goes to the institution's trainer, whose answer goes back.
+"""An institution's executor: it passes each message to the trainer, and the answer back.
 
-Flower's ``flwr-clientapp`` installs and runs the app that is sent with the run. A run's submitter
-could then run any code at an institution, and none of its limits would hold. This is the same
-process with two changes: it installs no code from the run, and it runs the app that is installed
-here, in the process that keeps the base model (`deployment.trainer`).
+Flower's executor installs and runs the app that is sent with the run. A run's submitter could then
+run any code at an institution, and none of its limits would hold. This one installs nothing: the
+trainer, a process that keeps the base model, calls the app that is installed here.
+
+The executor is also the trainer's watchdog. A trainer that gives no answer in ``max-seconds``, or
+that ends, costs one message: another trainer is started.
 """
 
-import functools
 import logging
+import multiprocessing
+import os
 import sys
-import time
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
-from flwr.common.constant import ErrorCode
-from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from deployment import trainer
-from fedlora import flower_internals, logs
+from client import settings
+from deployment import tasks
+from fedlora import logs, startup
+from fedlora.errors import InputError, place
+from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.client")
 
-START_SECONDS = 120.0
-"""Time for a trainer to start listening."""
 
-TITLE = "fedlora-answer"
-"""The name of a message's process in lists of processes."""
-
-
-def answer(path: Path, message: Message, context: Context) -> Message:
-    """The trainer's answer, or Flower's error for a crashed app where the trainer gave no answer.
-
-    Args:
-        path: The trainer's socket.
-        message: A message of the server.
-        context: The run's context at this institution.
-    """
-    identity = flower_internals.identity()
+def max_seconds(context: Context) -> float:
+    """The most seconds of one message."""
     try:
-        with _connected(path) as connection:
-            connection.send((identity, message, context))
-            return connection.recv()
-    except (OSError, EOFError) as error:
-        log.error("the trainer ended without an answer (%s)", type(error).__name__)
-        crashed = Error(ErrorCode.CLIENT_APP_CRASHED, "the app's process ended")
-        return Message(crashed, reply_to=message)
+        return settings.load(str(context.node_config.get("settings"))).max_seconds
+    except InputError:  # the app reports it
+        return settings.Settings.max_seconds
 
 
-def _connected(path: Path) -> Connection:
-    """A connection to the trainer, which may still be starting.
+class Trainer:
+    """The trainer's process, which answers one message after the other."""
 
-    Raises:
-        OSError: When no trainer listens in time, or another user's process does.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    while True:
+    def __init__(self) -> None:
+        self._spawn = multiprocessing.get_context("spawn")
+        self._start()
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """The app's answer; its refusal ``timed-out``, or Flower's error for a crashed app."""
+        seconds = max_seconds(context)
         try:
-            connection = Client(str(path), "AF_UNIX")
-            break
-        except (FileNotFoundError, ConnectionRefusedError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-    if not trainer.of_this_user(connection):
-        connection.close()
-        raise PermissionError("the trainer's socket belongs to another user")
-    return connection
+            self._connection.send((message, context))
+            if self._connection.poll(seconds):
+                return self._connection.recv()
+            log.error("refused: timed-out: no answer after max-seconds (%g s)", seconds)
+            reply = Message(wire.pack_refusal("timed-out"), reply_to=message)
+        except (EOFError, OSError) as error:
+            log.error("the trainer ended without an answer (%s)", type(error).__name__)
+            crashed = Error(ErrorCode.CLIENT_APP_CRASHED, "the app's process ended")
+            reply = Message(crashed, reply_to=message)
+        self.kill()
+        self._start()
+        return reply
+
+    def kill(self) -> None:
+        """End the process, also one that hangs outside Python."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _start(self) -> None:
+        self._connection, theirs = self._spawn.Pipe()
+        self._process = self._spawn.Process(target=_train, args=(theirs,))
+        self._process.start()
+        theirs.close()
 
 
-def main(path: Path, arguments: list[str]) -> None:
-    """Answer one message.
+def _train(connection: Connection) -> None:
+    """The trainer's process; this one does not import the trainer, which may load torch."""
+    startup.end_with_parent()
+    from deployment import trainer
 
-    Args:
-        path: The trainer's socket.
-        arguments: Arguments of ``flwr-clientapp``.
+    trainer.work(connection)
+
+
+def serve(client: RuntimeHttpClient, trainer: Trainer) -> None:
+    """Answer one task's message. The run's app, which comes with it, is not looked at.
+
+    Where that fails, the task's heartbeat ends, and the SuperNode reports a crashed app.
     """
-    sys.argv = ["flwr-clientapp", *arguments]
-    Path("/proc/self/comm").write_text(TITLE)
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        message, context, *_ = pull_task_input(client)
+        push_message(client, trainer.answer(message, context), context)
+        push_task_output(client, context, SubStatus.COMPLETED, "")
+    except Exception as error:
+        log.error("the message was not answered: %s", place(error))
+    finally:
+        heartbeat.stop()
+        client.close()
+
+
+def main() -> None:
+    """Answer the messages of the SuperNode at an address; its secret is in a file."""
+    address, secret = sys.argv[1], Path(sys.argv[2])
+    os.environ.update(startup.ENVIRONMENT)
+    # Tokenised records are private: they stay in the node's private directory and go with it.
+    os.environ["FEDLORA_CACHE"] = str(secret.with_name("cache"))
     logs.to_stderr()
-    flower_internals.use_installed_client_app(functools.partial(answer, path))
-    flwr_clientapp()
+    trainer = Trainer()
+    try:
+        for token in tasks.acquire(address, secret.read_bytes(), TaskType.CLIENT_APP):
+            serve(tasks.connect(address, token), trainer)
+    finally:
+        trainer.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,11 @@
-"""The processes of an institution: Flower's SuperNode, and the launcher of its own app.
+"""The processes of an institution: Flower's SuperNode, and the executor of its own app.
 
-The SuperNode connects to the federation's gateway. It hands each message to the launcher over a
+The SuperNode connects to the federation's gateway. It hands each message to the executor over a
 loopback port, with a secret that is made at each start.
 """
 
 import contextlib
 import fcntl
-import os
 import secrets
 import shutil
 import socket
@@ -22,11 +21,6 @@ from fedlora.secure import peers
 LOCK = "node.lock"
 DIRECTORY = "node"
 """The directory of one start, in the institution's state: it holds tokenised records."""
-SOCKET = "trainer"
-LONGEST_SOCKET = "pymp-xxxxxxxx/listener-xxxxxxxx"
-"""A path as long as the longest of a socket in `DIRECTORY`: that of Python's multiprocessing."""
-MAX_SOCKET_PATH = 107
-"""The most bytes of a socket's path on Linux."""
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that are reached without a proxy, whatever the environment says."""
 NO_PROXY = ("NO_PROXY", "no_proxy")
@@ -37,8 +31,8 @@ def check(settings: Settings) -> None:
     """Refuse settings with which the node cannot start.
 
     Raises:
-        InputError: For a missing setting, a file that others may read or write, a key that is not
-            on P-384, or a path of ``state`` that is too long for a socket.
+        InputError: For a missing setting, a file that others may read or write, or a key that is
+            not on P-384.
     """
     for field in ("gateway", "ca", "key"):
         if not getattr(settings, field):
@@ -59,17 +53,10 @@ def check(settings: Settings) -> None:
             f"run chmod 600 {settings.key}"
         )
     peers.read_private(Path(settings.key))
-    private = _private(settings)
-    if (excess := len(os.fsencode(private / LONGEST_SOCKET)) - MAX_SOCKET_PATH) > 0:
-        length = len(os.fsencode(private.parent))
-        raise InputError(
-            f"state is {private.parent} ({length} bytes), too long for the path of a socket; move "
-            f"it to a path of at most {length - excess} bytes"
-        )
 
 
 def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
-    """The command lines of the SuperNode and of the launcher.
+    """The command lines of the SuperNode and of the executor.
 
     Args:
         settings: The institution's settings.
@@ -88,12 +75,8 @@ def commands(settings: Settings, path: Path, private: Path) -> list[list[str]]:
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         *("--host", "127.0.0.1", "--port", address.rpartition(":")[2]),
     ]
-    launcher = [
-        *(sys.executable, "-P", "-m", "deployment.launcher", str(private / SOCKET)),
-        *("--runtime-api-address", address, "--insecure"),
-        *("--superexec-auth-secret-file", str(secret)),
-    ]
-    return [supernode, launcher]
+    executor = [sys.executable, "-P", "-m", "deployment.executor", address, str(secret)]
+    return [supernode, executor]
 
 
 def environment(private: Path, given: Mapping[str, str]) -> dict[str, str]:
@@ -131,7 +114,7 @@ def running(settings: Settings) -> Iterator[Path]:
             raise InputError(
                 f"state is {settings.state}, which another node uses now; stop that node first"
             ) from None
-        private = _private(settings)
+        private = Path(settings.state).resolve() / DIRECTORY
         shutil.rmtree(private, ignore_errors=True)
         try:
             private.mkdir(mode=0o700)
@@ -156,12 +139,6 @@ def is_running(settings: Settings) -> bool:
     except OSError:
         return False
     return False
-
-
-def _private(settings: Settings) -> Path:
-    """The directory of one start, by the shorter of its paths: a socket's path has a limit."""
-    state = Path(settings.state)
-    return min(state, state.resolve(), key=lambda path: len(os.fsencode(path))) / DIRECTORY
 
 
 def _free_port() -> int:

@@ -1,15 +1,27 @@
-"""The server's SuperExec: Flower's, with the ServerApp's output in its log."""
+"""The server's launcher: it starts each ServerApp, whose output goes to this log."""
 
-from flwr.supercore.cli.flower_superexec import flower_superexec
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from fedlora import flower_internals, logs
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+
+from deployment import tasks
+from fedlora import logs
 
 
 def main() -> None:
-    """Run the SuperExec with Flower's arguments."""
+    """Start the ServerApps of a SuperLink: its address, the files of CA and secret."""
+    address, ca, secret = sys.argv[1:]
     logs.want()
-    flower_internals.show_server_app_output()
-    flower_superexec()
+    for token in tasks.acquire(address, Path(secret).read_bytes(), TaskType.SERVER_APP, ca):
+        subprocess.Popen(
+            [
+                *(TASK_TYPE_TO_COMMAND[TaskType.SERVER_APP], "--runtime-api-address", address),
+                *("--root-certificates", ca, "--token", token, "--parent-pid", str(os.getpid())),
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -202,7 +202,6 @@ for name in (
     "client.dp_sgd",
     "client.home_command",
     "deployment.executor",
-    "deployment.launcher",
     "deployment.node",
     "deployment.supernode",
     "deployment.trainer",

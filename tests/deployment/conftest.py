@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,6 @@ import pytest
 import tomli_w
 
 from client.ledger import Ledger
-from deployment import executor
 from fedlora.config.config import from_flat
 from fedlora.config.sections import INSTITUTIONS
 from fedlora.files import write_atomic
@@ -129,13 +127,6 @@ class Rehearsal(harness.Federation):
             assert time.monotonic() < deadline, "waited in vain\n" + self.log("server")[-3000:]
             time.sleep(0.2)
 
-    def answering(self, institution: str) -> bool:
-        """Whether an institution works on a message now."""
-        return any(
-            process.name() == executor.TITLE
-            for process in self.processes(f"institution-{institution}")
-        )
-
     def ended(self, run: str) -> dict[str, Any]:
         """What became of a run, once it has ended."""
         self.until(lambda: self.submission(run)["state"] != "running")
@@ -209,13 +200,6 @@ def rehearsal(
     image = as_in_an_image(model, scratch)
     with Rehearsal(scratch / "deployment", scratch, image, *rogues, volumes=volumes) as made:
         yield made
-
-
-@pytest.fixture
-def short_path():
-    """An empty directory whose path is short enough for the sockets of a node in it."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as made:
-        yield Path(made)
 
 
 @pytest.fixture

@@ -34,10 +34,10 @@ def pristine(tmp_path_factory):
 
 
 @pytest.fixture
-def made(pristine, short_path):
+def made(pristine, tmp_path):
     import shutil
 
-    directory = Path(shutil.copytree(pristine, short_path / "d"))
+    directory = Path(shutil.copytree(pristine, tmp_path / "d"))
     me = f"{os.geteuid()}:{os.getegid()}"  # a copy is the copier's
     (directory / ".env").write_text(f"FEDLORA_USER={me}\n")
     return directory

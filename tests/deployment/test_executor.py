@@ -1,20 +1,25 @@
 """A message goes to the institution's own installed app, and what is wrong leaves as a code."""
 
-import functools
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
 from flwr.supercore.constant import TaskType
-from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime import run_clientapp
 
-from client import app
-from deployment import executor, launcher
-from fedlora import flower_internals
-from fedlora.errors import InputError, RecordError, place
+from client import app, settings
+from deployment import executor, tasks
+from fedlora.errors import InputError, RecordError, Refusal, place
+from fedlora.wire import wire
+from tests.deployment import harness
 
 SECRET = "Jane Doe, account 4711"
 
@@ -23,89 +28,150 @@ SECRET = "Jane Doe, account 4711"
 def message(monkeypatch):
     for name in ("_task_id", "_run_id", "_node_id"):  # Flower gives a message the process's task
         monkeypatch.setattr(TaskIdentity, name, 1)
-    return Message(RecordDict({"x": ConfigRecord({"y": 1})}), 1, "train")
+    return _message()
+
+
+def _message(how=""):
+    return Message(RecordDict({"x": ConfigRecord({"y": 1})}), 1, "train", group_id=how)
 
 
 @pytest.fixture
-def context():
-    return Context(1, 1, {}, RecordDict(), {})
+def context(tmp_path):
+    values = {"name": "a", "ledger": "l.db", "state": "s", "source": "r.csv", "models": ["m"]}
+    file = tmp_path / "institution.toml"
+    lines = [f"{key} = {value!r}" for key, value in values.items()]
+    file.write_text("\n".join([*lines, "max-seconds = 1.5"]))
+    file.chmod(0o600)
+    return Context(1, 1, {"settings": str(file)}, RecordDict(), {})
+
+
+def _stub(connection):
+    """A trainer whose app does what the message's group says."""
+    while True:
+        message, _ = connection.recv()
+        if message.metadata.group_id == "die":
+            os._exit(3)
+        if message.metadata.group_id == "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3600)
+        facts = ConfigRecord({"pid": os.getpid()})
+        connection.send(Message(RecordDict({"facts": facts}), reply_to=message))
 
 
 @pytest.fixture
-def replaced(monkeypatch):
-    """Flower's own functions are put back after the test."""
-    for name in ("install_from_fab", "get_project_dir", "get_load_client_app_fn"):
-        assert callable(getattr(run_clientapp, name)), f"flwr has no {name} any more"
-        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))
-    trainer = functools.partial(executor.answer, Path("/private/trainer"))
-    flower_internals.use_installed_client_app(trainer)
+def trainer(monkeypatch):
+    monkeypatch.setattr(executor, "_train", _stub)
+    made = executor.Trainer()
+    yield made
+    made.kill()
 
 
-class Trainer:
-    """The connection to one."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def send(self, asked):
-        assert isinstance(asked[1], Message)
-
-    def recv(self):
-        return "the trainer's answer"
+def _pid(reply):
+    return reply.content["facts"]["pid"]
 
 
-def test_an_app_that_was_sent_is_neither_installed_nor_run(
-    replaced, message, context, monkeypatch, tmp_path
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_trainer_that_dies_or_hangs_costs_one_message_and_another_one_follows(
+    trainer, message, context, monkeypatch, how
 ):
-    """The steps of Flower's `run_clientapp`, with a bundle whose code would leave a mark."""
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    mark = tmp_path / "mark"
-    bundle = f"open({str(mark)!r}, 'w')".encode()
-    run_clientapp.install_from_fab(bundle, skip_prompt=True)
-    run_clientapp.get_project_dir("evil/app", "1", "0" * 64)
-    load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    monkeypatch.setattr(executor, "max_seconds", lambda _: 60.0)
+    first = _pid(trainer.answer(_message(), context))
+    assert _pid(trainer.answer(_message(), context)) == first
+    monkeypatch.setattr(executor, "max_seconds", lambda _: 60.0 if how == "die" else 1.0)
+    reply = trainer.answer(_message(how), context)
+    if how == "die":
+        assert reply.error.code == ErrorCode.CLIENT_APP_CRASHED
+    else:
+        with pytest.raises(Refusal) as refusal:
+            wire.unpack_update(reply.content)
+        assert refusal.value.code == "timed-out"
+    assert not harness.alive(first)
+    monkeypatch.setattr(executor, "max_seconds", lambda _: 60.0)
+    assert _pid(trainer.answer(_message(), context)) != first
+
+
+def test_the_settings_limit_a_messages_seconds_and_without_them_there_is_a_limit(context):
+    assert executor.max_seconds(context) == 1.5
+    context.node_config["settings"] = "nowhere"
+    assert executor.max_seconds(context) == settings.Settings.max_seconds
+
+
+class FakeSuperNode:
+    """The runtime API of a SuperNode with one message, and a bundle that nobody may look at."""
+
+    def __init__(self, monkeypatch, message, context):
+        self.pushed, self.ended, self.closed = [], [], False
+        monkeypatch.setattr(
+            executor, "pull_task_input", lambda _: (message, context, "run", b"a bundle")
+        )
+        monkeypatch.setattr(executor, "push_message", lambda _, reply, c: self.pushed.append(reply))
+        monkeypatch.setattr(
+            executor, "push_task_output", lambda _, c, status, said: self.ended.append(status)
+        )
+        beat = SimpleNamespace(start=lambda: None, stop=lambda: self.ended.append("silent"))
+        monkeypatch.setattr(executor, "HeartbeatSender", lambda _: beat)
+
+    def close(self):
+        self.closed = True
+
+
+def test_the_answer_of_the_trainer_goes_back_and_the_app_that_was_sent_is_not_looked_at(
+    message, context, monkeypatch
+):
+    node = FakeSuperNode(monkeypatch, message, context)
+    executor.serve(node, SimpleNamespace(answer=lambda m, c: ("answered", m, c)))
+    assert node.pushed == [("answered", message, context)]
+    assert node.ended == [SubStatus.COMPLETED, "silent"] and node.closed
+
+
+def test_a_message_that_cannot_be_answered_ends_its_heartbeat_and_quotes_nothing(
+    message, context, monkeypatch, caplog
+):
+    node = FakeSuperNode(monkeypatch, message, context)
+
+    def fails(*_):
+        raise OSError(SECRET)
+
+    executor.serve(node, SimpleNamespace(answer=fails))
+    assert node.ended == ["silent"] and node.closed and not node.pushed
+    assert SECRET not in caplog.text
+
+
+def test_no_other_kind_of_task_is_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr(executor, "_connected", lambda path: asked.append(path) or Trainer())
-    answer = load("evil/app", "1", "0" * 64)
-    assert answer(message=message, context=context) == "the trainer's answer"
-    assert asked == [Path("/private/trainer")]
-    assert not mark.exists()
-    assert not (tmp_path / "home").exists()
+
+    class Client:
+        def AcquireTask(self, request):  # noqa: N802
+            asked.extend(request.supported_task_types)
+            return SimpleNamespace(HasField=lambda _: True, token="t")
+
+    monkeypatch.setattr(tasks, "_client", lambda *_: Client())
+    assert next(tasks.acquire("127.0.0.1:1", b"secret", TaskType.CLIENT_APP)) == "t"
+    assert asked == [TaskType.CLIENT_APP]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TaskType if kind != TaskType.CLIENT_APP])
-def test_no_other_kind_of_task_is_started(kind, monkeypatch):
-    started = []
-    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
-    result = launcher.InstalledAppExecutor.launch(
-        object.__new__(launcher.InstalledAppExecutor), _spec(kind)
-    )
-    assert result.status == LaunchResultStatus.FAILED
-    assert not started
+def test_the_executor_loads_no_torch():
+    script = "import sys, deployment.executor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_dependencies_that_a_run_asks_for_are_not_installed():
-    assert "--allow-runtime-dependency-installation" not in launcher.arguments(
-        _spec(TaskType.CLIENT_APP)
-    )
-
-
-def _spec(kind):
-    return ExecutionSpec(
-        task_type=kind,
-        runtime_api_address="127.0.0.1:1",
-        token="t",
-        insecure=True,
-        root_certificates_path=None,
-        runtime_dependency_install=True,
-        parent_pid=1,
-        suppress_output=False,
-        task_id=1,
-        fab_hash=None,
-    )
+def test_a_trainer_ends_with_its_executor(tmp_path):
+    script = "import sys, time; from deployment import executor\n"
+    script += "if __name__ == '__main__':\n  made = executor.Trainer()\n"
+    script += "  print(made._process.pid, flush=True); time.sleep(600)"
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(executor.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, file], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + 120
+        while harness.alive(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not harness.alive(child)
 
 
 @pytest.mark.parametrize("error", [RuntimeError(SECRET), RecordError(SECRET)])

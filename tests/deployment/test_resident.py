@@ -6,6 +6,7 @@ import shutil
 import psutil
 import pytest
 
+from deployment import trainer
 from tests.deployment.conftest import MODEL, NAMES, PRIVATE, rehearsal
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def federation(tmp_path_factory, tiny_encoder, complaints, other):
 def _trainers(federation):
     def trains(process):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            return "deployment.trainer" in process.cmdline()
+            return process.name() == trainer.TITLE
         return False
 
     return {

@@ -1,10 +1,8 @@
 """Lines of logs as JSON, and processes that end together."""
 
-import inspect
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,10 +12,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from flwr.supercore.superexec import run_superexec
-from flwr.supernode import start_client_internal
 
-from deployment import node, polling, service, supernode
+from deployment import node, service
 from fedlora import logs
 from tests.deployment import harness
 
@@ -220,53 +216,3 @@ def test_a_nodes_processes_reach_each_other_without_the_proxy_of_the_environment
             client._transport_for_url(httpx.URL(f"http://{h}:1")) for h in ("127.0.0.1", "x")
         ]
     assert through[0] is client._transport and through[1] is not client._transport
-
-
-@pytest.mark.parametrize(
-    ("loop", "longest"),
-    [
-        (start_client_internal, f"time.sleep({supernode.MAX_SECONDS:g})"),
-        (run_superexec, "time.sleep(task_poll_interval)"),
-    ],
-)
-def test_flowers_loops_still_pause_as_ours_expect(loop, longest):
-    source = inspect.getsource(loop)
-    assert longest in source and set(re.findall(r"\btime\.\w+", source)) == {"time.sleep"}
-    pauses_of_it = [float(n) for n in re.findall(r"time\.sleep\(([\d.]+)\)", source)]
-    assert sorted(pauses_of_it)[:-1] == [0.5] * (len(pauses_of_it) - 1)  # while it has a message
-
-
-def test_a_supernode_that_waits_for_an_answer_looks_often_afterwards(monkeypatch):
-    slept = []
-    monkeypatch.setattr(supernode.time, "sleep", slept.append)
-    sleep = supernode.Sleep()
-    for seconds in (supernode.MAX_SECONDS, 0.5, supernode.MAX_SECONDS):
-        sleep(seconds)
-    assert slept == pytest.approx(
-        [supernode.MAX_SECONDS, supernode.MIN_SECONDS, supernode.MIN_SECONDS]
-    )
-
-
-def test_a_supernode_asks_again_at_once_after_a_request_that_waited(monkeypatch):
-    slept, now = [], [100.0]
-    monkeypatch.setattr(supernode.time, "sleep", slept.append)
-    monkeypatch.setattr(supernode.time, "monotonic", lambda: now[0])
-    sleep = supernode.Sleep()
-    sleep(supernode.MAX_SECONDS)
-    for seconds in (4.0, 0.01, 0.5):
-        now[0] += seconds
-        sleep(supernode.MAX_SECONDS)
-    assert slept == [supernode.MAX_SECONDS] * 2  # after the first and the third request
-
-
-def test_pauses_grow_while_nothing_comes(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(polling.time, "monotonic", lambda: now[0])
-    between = polling.Pauses(0.2, 3.0)
-    assert between.seconds == 3.0  # nothing ever came
-    between.message_arrived()
-    waited = []
-    for quiet in (0.0, 1.0, 5.0, 20.0, 100.0):
-        now[0] = 100.0 + quiet
-        waited.append(between.seconds)
-    assert waited == pytest.approx([0.2, 0.2, 0.5, 2.0, 3.0])

@@ -24,9 +24,9 @@ from fedlora.secure import peers
 
 
 @pytest.fixture
-def made(short_path):
-    setup.make(short_path / "d", ["a", "b"], host="fed.example.org", port=9443)
-    return short_path / "d"
+def made(tmp_path):
+    setup.make(tmp_path / "d", ["a", "b"], host="fed.example.org", port=9443)
+    return tmp_path / "d"
 
 
 def test_every_secret_is_for_its_owner_alone(made):
@@ -395,34 +395,6 @@ def test_a_node_starts_only_with_a_ledger_and_settings_that_others_cannot_write(
     (folder / "settings").chmod(0o770)
     with pytest.raises(InputError, match=r"settings may be written by others .*chmod go-w"):
         settings.load(str(file))
-
-
-def test_a_node_starts_only_with_a_state_whose_path_is_short_enough_for_sockets(made):
-    file = made / "institutions" / "a" / "settings" / "institution.toml"
-    text = file.read_text().replace('"/keys/', '"../keys/')
-    state = made / ("s" * (70 - len(f"{made}/")))
-    file.write_text(text.replace('"/state"', f'"{state}"'))
-    node.check(settings.load(str(file)))
-    file.write_text(text.replace('"/state"', f'"{state}s"'))
-    with pytest.raises(InputError, match=r"\(71 bytes\), too long .* at most 70 bytes"):
-        node.check(settings.load(str(file)))
-    (made / "short").symlink_to(state)
-    file.write_text(text.replace('"/state"', f'"{made}/short"'))
-    node.check(settings.load(str(file)))
-
-
-def test_the_longest_socket_of_a_node_is_that_of_multiprocessing(tmp_path):
-    made = "from multiprocessing import connection as c\n"
-    made += "print(c.arbitrary_address('AF_UNIX'), end='')"
-    address = subprocess.run(
-        [sys.executable, "-c", made],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert len(address) == len(f"{tmp_path}/{node.LONGEST_SOCKET}")
-    assert len(node.SOCKET) < len(node.LONGEST_SOCKET)
 
 
 def test_a_node_keeps_its_files_in_its_state_and_removes_those_of_one_that_was_killed(made):

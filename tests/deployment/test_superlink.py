@@ -1,12 +1,8 @@
-"""Our SuperLink beside Flower's: messages in another's name, requests that wait."""
+"""Our SuperLink beside Flower's: messages in another's name."""
 
 import contextlib
-import functools
 import sqlite3
-import threading
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from fastapi import HTTPException
@@ -14,22 +10,19 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
-from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.node_pb2 import Node
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore import sql_mixin
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
-from flwr.superlink.servicer.runtime import runtime_handlers
 
-from deployment import arrivals, superlink, superlink_client
+from deployment import superlink, superlink_client
 
 CONTENT = RecordDict({"x": ConfigRecord({"y": 1})})
 
@@ -112,173 +105,9 @@ def test_ours_takes_neither_and_takes_a_nodes_own_answer(link):
     assert link.state.num_message_res() == 1
 
 
-def test_a_node_sends_few_lists_of_objects_for_one_order(link):
-    """Flower notes each object of a list, while no other request can write."""
-    noted = []
-
-    def push(*, request, state):
-        noted.append(request)
-
-    checked = superlink.own_answers(push)
-    order, other = _order(link, link.c), _order(link, link.c)
-    proto = message_to_proto(remove_content_from_message(_answer(order, link.c)))
-
-    def request(number, of=proto):
-        return PushMessagesRequest(
-            node=Node(node_id=link.c),
-            messages_list=[of],
-            message_object_trees=[ObjectTree(object_id=f"{number}")],
-        )
-
-    for number in (*range(superlink.MAX_LISTS), 0):  # the same one again is a retry
-        checked(request=request(number), state=link.state)
-    for _ in range(3):
-        with pytest.raises(HTTPException) as refused:
-            checked(request=request("more"), state=link.state)
-    assert refused.value.status_code == 403 and len(noted) == superlink.MAX_LISTS + 1
-    again = message_to_proto(remove_content_from_message(_answer(other, link.c)))
-    checked(request=request("more", again), state=link.state)
-
-
-class Bell(threading.Event):
-    """An event whose wait is noted, and during which something happens."""
-
-    meanwhile: ClassVar[list[Callable[[], object]]] = []
-    waited: ClassVar[list[bool]] = []
-
-    def wait(self, timeout=None):
-        assert timeout == arrivals.SECONDS
-        if Bell.meanwhile:
-            Bell.meanwhile.pop(0)()
-        Bell.waited.append(self.is_set())
-        return self.is_set()
-
-
-@pytest.fixture
-def waiting(link, monkeypatch):
-    """Flower's handlers over the link's state, with a wait."""
-    kinds = {"Event": Bell, "Lock": threading.Lock, "BoundedSemaphore": threading.BoundedSemaphore}
-    monkeypatch.setattr(arrivals, "threading", SimpleNamespace(**kinds))
-    monkeypatch.setattr(arrivals, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(Bell, "meanwhile", [])
-    monkeypatch.setattr(Bell, "waited", [])
-    made, task = arrivals.Waiting(contextlib.nullcontext), SimpleNamespace(run_id=link.run)
-    order_pull = made.order_pull(fleet_handlers.pull_messages)
-    reply_pull = made.reply_pull(runtime_handlers.pull_messages)
-    order_push = made.order_push(runtime_handlers.push_messages)
-    reply_push = superlink.own_answers(made.reply_push(fleet_handlers.push_messages))
-    from_server = made.object_push(runtime_handlers.push_object)
-    from_node = made.object_push(fleet_handlers.push_object)
-
-    def orders(node):
-        request = PullMessagesRequest(node=Node(node_id=node))
-        found = order_pull(request=request, state=link.state, store=link.state.object_store)
-        return [message.metadata.message_id for message in found.messages_list]
-
-    def replies(*orders):
-        request = PullAppMessagesRequest(message_ids=orders)
-        found = reply_pull(request, link.state, task)
-        return [message.metadata.reply_to_message_id for message in found.messages_list]
-
-    def pushed(push, message):
-        message.metadata.__dict__["_message_id"] = message.object_id
-        request = PushAppMessagesRequest(
-            messages_list=[message_to_proto(remove_content_from_message(message))],
-            message_object_trees=[get_object_tree(message)],
-        )
-        return push(request)
-
-    def order(node):
-        """Push an order; return its id, and the steps that push its objects."""
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
-        message = Message(CONTENT, node, "train", ttl=600)
-        said = pushed(lambda request: order_push(request, link.state, task), message)
-        return message, _objects(message, said, lambda r: from_server(r, link.state, task), link)
-
-    def reply(order, node):
-        message = _answer(order, node)
-        said = _pushed(reply_push, link.state, node, message)
-        return _objects(message, said, lambda r: from_node(request=r, state=link.state), link)
-
-    return SimpleNamespace(orders=orders, replies=replies, order=order, reply=reply)
-
-
-def _objects(message, said, push, link):
-    contents = get_all_nested_objects(message)
-    sender = message.metadata.src_node_id
-    return [
-        functools.partial(
-            push,
-            PushObjectRequest(
-                node=Node(node_id=sender),
-                run_id=link.run,
-                session_id=said.session_id,
-                object_id=each,
-                object_content=contents[each].deflate(),
-            ),
-        )
-        for each in said.objects_to_push
-    ]
-
-
-def test_a_nodes_request_waits_for_a_message_and_the_next_one_gets_it(link, waiting):
-    sent = []
-
-    def arrives():
-        message, objects = waiting.order(link.a)
-        for push in objects:
-            assert not sent
-            push()
-        sent.append(message.object_id)
-
-    Bell.meanwhile.append(arrives)
-    assert waiting.orders(link.a) == [] and Bell.waited == [True]
-    assert waiting.orders(link.a) == sent
-    assert waiting.orders(link.c) == [] and Bell.waited == [True, False]
-
-
-def test_a_node_gets_no_message_that_lacks_objects(link, waiting):
-    message, objects = waiting.order(link.a)
-    assert len(objects) > 1
-    for push in objects:
-        assert waiting.orders(link.a) == []
-        push()
-    assert Bell.waited == [False] * len(objects)
-    assert waiting.orders(link.a) == [message.object_id]
-
-
-def test_the_servers_request_waits_for_a_whole_reply_and_no_slow_one_holds_up_the_others(
-    link, waiting
-):
-    orders = {}
-    for node in (link.a, link.c):
-        orders[node], objects = waiting.order(node)
-        for push in objects:
-            push()
-        assert waiting.orders(node) == [orders[node].object_id]
-    ids = [order.object_id for order in orders.values()]
-    slow = waiting.reply(orders[link.a], link.a)
-
-    def arrives():
-        for push in waiting.reply(orders[link.c], link.c):
-            push()
-
-    Bell.meanwhile.append(arrives)
-    assert waiting.replies(*ids) == [] and Bell.waited == [True]
-    assert waiting.replies(*ids) == [ids[1]]
-    assert waiting.replies(ids[0]) == []
-    for push in slow:
-        push()
-    assert waiting.replies(ids[0]) == [ids[0]] and Bell.waited == [True, False]
-
-
-def test_flowers_superlink_starts_with_our_handlers_and_waits_for_its_database(monkeypatch):
-    handlers = [(fleet_handlers, "push_messages"), (fleet_handlers, "pull_messages")]
-    handlers += [(fleet_handlers, "push_object"), (runtime_handlers, "push_object")]
-    handlers += [(runtime_handlers, "push_messages"), (runtime_handlers, "pull_messages")]
-    before = {(place, name): getattr(place, name) for place, name in handlers}
-    for (place, name), handler in before.items():
-        monkeypatch.setattr(place, name, handler)
+def test_flowers_superlink_starts_with_our_handler_and_waits_for_its_database(monkeypatch):
+    before = fleet_handlers.push_messages
+    monkeypatch.setattr(fleet_handlers, "push_messages", before)
     monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
     started = []
 
@@ -286,7 +115,7 @@ def test_flowers_superlink_starts_with_our_handlers_and_waits_for_its_database(m
         connection = sqlite3.connect(":memory:")
         sql_mixin._set_sqlite_pragmas(connection, None)
         started.append(connection.execute("PRAGMA busy_timeout").fetchone())
-        assert all(getattr(place, name) is not old for (place, name), old in before.items())
+        assert fleet_handlers.push_messages is not before
 
     monkeypatch.setattr(superlink, "flower_superlink", start)
     superlink.main()

@@ -12,11 +12,12 @@ import torch
 from fedlora.gradients.lora_layers import parameters
 from fedlora.models import trainable
 
-MOST_ADAPTERS = 4.0
-"""The global adapter, its 64-bit sum (two), and the update that is being read."""
+MOST_ADAPTERS = 7.0
+"""The global adapter, its 64-bit sum (two), and the reply that is being read: its objects, its
+arrays, its tensors, and what joins an array's pieces."""
 
 
-def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
+def test_ten_updates_take_at_most_seven_adapters_of_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.server.memory_of_a_round", tmp_path, "10", "streams"],
         capture_output=True,
@@ -28,8 +29,7 @@ def test_ten_updates_take_at_most_four_adapters_of_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["megabytes"] > 20
-    # a few pieces of half a megabyte, and the rounding of each array to the kernel's huge pages
-    assert said["adapters"] < MOST_ADAPTERS + 0.75, said
+    assert said["adapters"] < MOST_ADAPTERS, said
 
 
 def test_a_server_that_does_not_predict_drops_the_weights(tiny_config, tmp_path):
