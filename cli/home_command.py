@@ -1,7 +1,6 @@
 """``fedlora home``: an institution's own models after a run."""
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,15 +22,8 @@ def home(
         Path | None,
         typer.Option(help="A released adapter from the operator, if none arrived at this node."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="As home.method; wins over the run's. Not with --epsilon.")
-    ] = "",
     steps: Annotated[
-        int | None, typer.Option(help="The most steps at home; wins over the run's home.steps.")
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(help="Train the own model under DP, charged to the ledger, to publish it."),
+        int | None, typer.Option(help="Steps at home; wins over the run's home.steps.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -46,16 +38,7 @@ def home(
     own = load(str(absolute(settings)))
     if steps is not None and steps < 1:
         raise InputError(f"--steps is {steps}; it must be at least 1")
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        raise InputError(f"--epsilon is {epsilon:g}; it must be a finite number above 0")
-    choices = home_command.Choices(
-        run=run,
-        adapter=adapter,
-        method=method,
-        steps=steps or 0,
-        epsilon=math.inf if epsilon is None else epsilon,
-        out=out,
-    )
+    choices = home_command.Choices(run=run, adapter=adapter, steps=steps or 0, out=out)
     with one_line_errors(Path(own.state)):
         try:
             result = home_command.train(own, choices, say=ERRORS.write_line)

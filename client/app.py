@@ -9,7 +9,7 @@ from typing import TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import cohort, config_policy, home_cohort, settings
+from client import cohort, config_policy, settings
 from client.institution import Institution
 from client.secure_party import SecureParty
 from fedlora.config.config import from_context
@@ -23,6 +23,7 @@ from fedlora.secure.secure_aggregation import (
     UnmaskOrder,
 )
 from fedlora.wire import wire
+from fedlora.wire.messages import EvaluateOrder, Evaluation
 
 log = logging.getLogger("fedlora.client")
 _Question = TypeVar("_Question")
@@ -34,15 +35,11 @@ class InstitutionApp(ClientApp):
     """A ClientApp that can also answer for several institutions of a simulation at once."""
 
     def together(self, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """Reply to messages of one type, to each exactly as if it had arrived alone.
+        """Reply to orders to train, to each as if it had arrived alone.
 
         Args:
-            calls: Messages of `wire.SHARED_TYPES` with their contexts (`client.cohort`).
+            calls: Messages with their contexts (`client.cohort`).
         """
-        if calls[0][0].metadata.message_type == wire.HOME:
-            return _together(
-                calls, wire.unpack_evaluate, home_cohort.compare_at_home, wire.pack_evaluation
-            )
         return _together(calls, wire.OrderReader().unpack, cohort.answer, wire.pack_update)
 
 
@@ -124,8 +121,11 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.evaluate("home")
 def home(message: Message, context: Context) -> Message:
     """Compare the models that the institution trains at home, in a simulation."""
-    (reply,) = app.together([(message, context)])
-    return reply
+
+    def compare(institution: Institution, order: EvaluateOrder) -> Evaluation:
+        return institution.compare_at_home(institution.released(order))
+
+    return _reply(message, context, wire.unpack_evaluate, compare, wire.pack_evaluation)
 
 
 @app.evaluate("released")

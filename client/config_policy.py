@@ -332,12 +332,7 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     # A wish for `fedlora home`, which the institution itself starts; no order depends on them.
     "home.method": Taken(),
     "home.steps": Taken(),
-    "home.batch-size": Taken(),
-    "home.learning-rate": Taken(),
-    "home.head-learning-rate": Taken(),
-    "home.proximal": Taken(),
     "home.institutions": Unused(),
-    "home.epsilon": Unused(),  # an institution alone decides on a charge: `fedlora home --epsilon`
     "engine.workers": Unused(),
     "engine.threads": Own(lambda own: own.threads),
     "engine.gpus": Own(lambda own: float(own.gpu)),

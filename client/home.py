@@ -1,375 +1,133 @@
-"""What an institution gains by joining: three models, each made at home from its own records.
+"""Models that an institution trains at home after the run, for itself, from its own records.
 
 *Alone* is trained from a fresh adapter, as if there were no federation. *Shared* is the adapter
-that the federation released. *Own* is made from the shared one at home, or is the model alone where
-that was clearly better. Alone has no differential privacy and does not leave the institution. The
-same holds for own, unless ``home.epsilon`` trains it under DP, which is not done here
-(`client.home_cohort`).
+that the federation released. *Own* is a weighted mean of the shared adapter and one that goes on
+from it at home, or the model alone where that does better on records held back. Alone and own have
+no differential privacy and do not leave the institution.
 
-Settings are chosen on a validation part of the training records. Held-out rows serve for nothing
-but the figures at the end.
+Held-out rows serve for nothing but the figures at the end: everything is chosen on training records
+that are held back.
 """
 
-import enum
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from client import alone_models
-from client.alone_models import AloneModel
-from client.home_models import Choice, Home, HomeModels, Setting
-from client.home_training import HomePlan, Trainee, expected_errors, train_at_home
-from fedlora.arrays import Floats, Int64
-from fedlora.config.sections import HOME_CHOOSES_ON, HOME_COMPARES_ON, HOME_VALIDATION, HomeConfig
+from client.passes import plain_passes
+from client.training import add_gradients, shuffled, training_steps
+from fedlora.config.sections import HOME_BATCH_SIZE
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError
-from fedlora.gradients.lora_layers import Scale
+from fedlora.gradients import lora_layers
 from fedlora.models.adapters import PARTS, AdapterState, kind
 from fedlora.models.trainable import Trainable
+from fedlora.privacy.streams import RandomSource
 from fedlora.runs.comparison import text_numbers
 
-COMPARED_FROM = 30
-"""The fewest steps after which a model alone may stop: fewer say little of what more will bring."""
+LEARNING_RATE, HEAD_LEARNING_RATE = 0.005, 0.05
+"""Adam's step sizes, of factors and magnitudes and of a head."""
 WEIGHTS = (0.5, 0.75, 1.0)
-"""Weights of the adapter that was trained at home, against the shared one; fine-tune has only 1."""
+"""Weights of the adapter that was trained at home in the own model. Smaller ones would be chosen
+for no other reason than that the shared adapter was trained on the records held back too."""
+HELD_BACK = 0.2
+"""Share of the training records that are held back to choose on."""
+MIN_HELD_BACK = 16
+"""With fewer records held back nothing is chosen: the own model has the first weight."""
+CARD = """# An institution's own model
+
+This adapter was trained on the institution's records without differential privacy. It may reveal
+records, so it must not leave the institution. The adapter that the federation released is another
+one.
+"""
+"""The model card beside an own adapter."""
 
 
-class Model(enum.Enum):
-    """The two models that are trained at home."""
-
-    ALONE = "alone"
-    OWN = "own"
-
-
-def models_at_home(
-    work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
-) -> list[HomeModels]:
-    """Train the models of institutions at home.
-
-    Each institution holds back a fifth of its training records, trains both models on the rest,
-    and chooses by the expected errors on what it held back: for the model alone the learning rate
-    (one of ``home.learning-rate``) and the number of steps (it trains until twice as many have no
-    fewer errors, and at most ``home.steps``), for the own model the rate and the weight of the
-    trained adapter in its mean with the shared one. With few records it takes the first learning
-    rate, the smallest weight and all steps, but `HOME_STEPS_WITHOUT_CHOICE` at most. Then it trains
-    both models anew by these settings, on all its training records.
-
-    The own model takes as many steps as the model alone, and a weight of a half or more. The shared
-    adapter was trained on the records held back too, so these would choose few steps and a small
-    weight for no other reason than that. With ``interpolate`` it takes the shared factors and,
-    where the model has a head, a fresh one, which moves at ``home.head-learning-rate`` as that of
-    the model alone.
-
-    Where the model alone is right on clearly more of the records held back (`is_better`), it is the
-    own model too. Where training gives no numbers, the own model is the shared adapter (weight 0).
-
-    The runs of a sweep train a model alone once (`client.alone_models`).
+@dataclass(frozen=True, kw_only=True)
+class HomeModels:
+    """The models of one institution.
 
     Args:
-        work: The model; a fresh adapter is its ``start``.
-        homes: The institutions.
-        settings: The section ``[home]``.
+        alone: The adapter that was trained from a fresh one.
+        own: The adapter that was made from the shared one, or that of the model alone.
+        weight: Weight of the trained adapter in the own model, against the shared one; 0 where its
+            training gave no numbers, so that the own model is the shared one.
+        keeps_alone: Whether the own model is the model alone.
+        held_back: Number of training records that were held back to choose on.
+    """
+
+    alone: AdapterState
+    own: AdapterState
+    weight: float
+    keeps_alone: bool
+    held_back: int
+
+    def figures(self) -> dict[str, float]:
+        """What was chosen, for an `Evaluation` at home."""
+        return {name: getattr(self, name) for name in ("weight", "keeps_alone", "held_back")}
+
+
+def train(
+    work: Trainable,
+    shard: Shard,
+    shared: AdapterState,
+    source: RandomSource,
+    *,
+    steps: int,
+    physical_batch: int,
+) -> HomeModels:
+    """Train the models of an institution at home.
+
+    It first trains both models on four fifths of its records, and takes of the model alone and the
+    own models by `WEIGHTS` the one with the fewest expected errors on the fifth that it held back.
+    Then it trains both models anew on all its records. With `interpolate`, the one method, the own
+    model begins from the shared factors and, where the model has a head, from a fresh one.
+
+    Args:
+        work: The model; a fresh adapter is its ``start``. Its trained parameters may have any
+            values afterwards.
+        shard: The institution's training records; at least one.
+        shared: The adapter that the run released to it.
+        source: Its random source.
+        steps: Steps of each training.
         physical_batch: Records in memory at a time.
 
-    Returns:
-        The models of each institution.
-
     Raises:
-        InputError: If training a model alone gives no numbers.
+        InputError: If training the model alone gives no numbers.
 
-    Reference: interpolation with the shared model: Wortsman et al. (2022), arXiv 2109.01903;
-    a penalty on the distance to it: Li et al. (2021), Ditto, arXiv 2012.04221, which is MR-MTL of
-    Liu et al. (2022), arXiv 2206.07902.
+    Reference: Wortsman et al. (2022), arXiv 2109.01903, for the mean with the shared model.
     """
-    trainer = _Trainer(work, homes, settings, physical_batch)
-    return trainer.own(trainer.alone(compared=True))
-
-
-def models_alone(
-    work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
-) -> list[AloneModel]:
-    """Train the models alone of institutions, as `models_at_home` does, and no own models.
-
-    Returns:
-        The model alone of each institution, which is compared with no own one (``right`` is empty).
-
-    Raises:
-        InputError: If training gives no numbers.
-    """
-    found = _Trainer(work, homes, settings, physical_batch).alone(compared=False)
-    return [found[i] for i in range(len(homes))]
-
-
-def is_better(alone: Sequence[bool], own: Sequence[bool], copy_of: Int64) -> bool:
-    """Whether the model alone is right on more records than the own one, beyond chance.
-
-    The difference must be above its standard error if the models were equally good, which is the
-    root of the sum of its squares over the different records. Copies count as one: a model gives
-    them one answer. Where no record has a copy the sum is the number of records on which one model
-    is right and the other wrong.
-
-    Args:
-        alone: Whether the model alone is right on each record ``(n,)``.
-        own: The same of the own model.
-        copy_of: The number of each record's kind ``(n,)``, equal for copies; from 0.
-
-    Reference: McNemar (1947), Note on the sampling error of the difference between correlated
-    proportions.
-    """
-    apart = np.asarray(alone, dtype=np.float64) - np.asarray(own, dtype=np.float64)
-    by_kind = np.bincount(copy_of, weights=apart)
-    return bool(by_kind.sum() > math.sqrt((by_kind**2).sum()))
-
-
-Candidate = TypeVar("Candidate")
-Trials = Mapping[Setting, Mapping[int, AdapterState]]
-"""Setting -> number of an institution -> its adapter."""
-
-
-class _Trainer:
-    """Trains and chooses the models of several institutions under one configuration."""
-
-    def __init__(
-        self, work: Trainable, homes: Sequence[Home], settings: HomeConfig, physical_batch: int
-    ) -> None:
-        work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
-        self.work, self.homes, self.settings = work, homes, settings
-        self.physical_batch = physical_batch
-        self.bases = [home.shared for home in homes]  # mixed with the trained adapters
-        if settings.method == "dual":
-            self.bases = [beside(home.shared, work) for home in homes]
-        self.starts = self.bases  # of the own models
-        self.fresh_head = settings.method == "interpolate"
-        if self.fresh_head:
-            head = work.start.only(("head",))
-            self.starts = [base.updated(head) for base in self.bases]
-        self.weights = (1.0,) if settings.method == "fine-tune" else WEIGHTS
-        self.default = Setting(settings.steps_without_choice, settings.learning_rate[0])
-        self.fits: dict[int, Shard] = {}  # of institutions that hold records back
-        self.held: dict[int, Shard] = {}
-        for i, home in enumerate(homes):
-            fit, held = _split(home)
-            if len(held) >= HOME_COMPARES_ON:
-                self.fits[i], self.held[i] = fit, held
-
-    def alone(self, *, compared: bool) -> dict[int, AloneModel]:
-        """The model alone of each institution.
-
-        Args:
-            compared: Whether the own model is chosen against it.
-
-        Raises:
-            InputError: If training gives no numbers.
-        """
-        found: dict[int, AloneModel] = {}
-        for i, home in enumerate(self.homes):
-            if (kept := alone_models.read(home.alone, self.work.start)) is not None:
-                found[i] = kept
-        missing = [i for i in range(len(self.homes)) if i not in found]
-        tried = [i for i in missing if compared or self._chooses(i)]
-        most = checkpoints(self.settings.steps)
-        trials = self._trials(Model.ALONE, dict.fromkeys(tried, most))
-        chosen = dict.fromkeys(missing, self.default) | {
-            i: setting for i, (setting, _) in self._fewest(trials.items()).items()
-        }
-        right = self._right(
-            {i: trials[chosen[i]][i] for i in missing if compared and i in self.held}
+    work.train_only([part for part in PARTS if part in {kind(name) for name in work.start}])
+    trainer = _Trainer(work, steps, physical_batch)
+    begin = shared.updated(work.start.only(("head",)))
+    fit, held = split(shard, source.child("validation"))
+    weight, keeps_alone = WEIGHTS[0], False
+    if len(held) >= MIN_HELD_BACK:
+        alone = trainer.train(fit, work.start, source.child("alone", "fit"))
+        own = trainer.train(fit, begin, source.child("own", "fit"))
+        candidates = [(0.0, alone), *((weight, mixed(shared, own, weight)) for weight in WEIGHTS)]
+        errors = [trainer.errors(adapter, held) for _, adapter in candidates]
+        best = int(np.argmin(errors))
+        weight, keeps_alone = candidates[best][0], best == 0
+    alone = trainer.train(shard, work.start, source.child("alone", "all"))
+    if not alone.is_finite():
+        raise InputError(
+            f"the model alone has no finite values after {steps} steps, so nothing can be compared "
+            "with it; lower home.steps (with fedlora home: --steps)"
         )
-        for i, adapter in self._train_on_all(Model.ALONE, chosen).items():
-            if not adapter.is_finite():
-                raise InputError(
-                    f"the model alone has no finite values after {chosen[i].steps} steps at "
-                    f"{chosen[i].learning_rate:g}, so nothing can be compared with it; lower "
-                    "home.learning-rate, home.head-learning-rate or home.steps (with fedlora home: "
-                    "--steps)"
-                )
-            held_back = len(self.held[i]) if i in tried and i in self.held else 0
-            found[i] = AloneModel(adapter, chosen[i], right.get(i, ()), held_back)
-            alone_models.write(self.homes[i].alone, found[i])
-        return found
-
-    def own(self, alone: Mapping[int, AloneModel]) -> list[HomeModels]:
-        """The models of each institution, of which the own one is made here.
-
-        Args:
-            alone: The models alone.
-        """
-        trials = self._trials(Model.OWN, {i: (one.setting.steps,) for i, one in alone.items()})
-        chosen = dict.fromkeys(alone, (self.default, self.weights[0])) | {
-            i: (setting, weight if np.isfinite(errors) else 0.0)
-            for i, ((setting, weight), errors) in self._fewest(self._mixtures(trials)).items()
-        }
-        for i, (setting, _) in chosen.items():
-            if i in self.held and not trials[setting][i].is_finite():
-                chosen[i] = setting, 0.0
-        right = self._right(
-            {
-                i: mixed(self.bases[i], trials[setting][i], weight)
-                for i, (setting, weight) in chosen.items()
-                if i in self.held
-            }
-        )
-        kept = {i for i in right if is_better(alone[i].right, right[i], text_numbers(self.held[i]))}
-        settings = {i: setting for i, (setting, _) in chosen.items() if i not in kept}
-        trained = self._train_on_all(Model.OWN, settings)
-        found: list[HomeModels] = []
-        for i in range(len(self.homes)):
-            one, (setting, weight) = alone[i], chosen[i]
-            own = one.adapter
-            if i not in kept:
-                weight = weight if trained[i].is_finite() else 0.0
-                own = mixed(self.bases[i], trained[i], weight)
-            choice = Choice(
-                alone=one.setting,
-                own=setting,
-                weight=weight,
-                keeps_alone=i in kept,
-                held_back=one.held_back,
-            )
-            found.append(HomeModels(alone=one.adapter, own=own, choice=choice))
-        return found
-
-    def _trials(self, model: Model, steps: Mapping[int, tuple[int, ...]]) -> Trials:
-        """Train one model of institutions that hold records back, on the rest of their records.
-
-        Args:
-            model: The model.
-            steps: Number of an institution -> the steps to try. Institutions that choose train by
-                every rate, those that only compare by the default setting.
-        """
-        fits = {i: self.fits[i] for i in steps if i in self.fits}
-        tried = {i: steps[i] if self._chooses(i) else (self.default.steps,) for i in fits}
-        found: dict[Setting, dict[int, AdapterState]] = {}
-        for rate in self.settings.learning_rate:
-            if rate != self.default.learning_rate:
-                fits = {i: shard for i, shard in fits.items() if self._chooses(i)}
-            if not fits:
-                break
-            for i, adapters in self._train(model, fits, tried, rate, "fit").items():
-                for count, adapter in zip(tried[i], adapters, strict=False):  # it may stop early
-                    found.setdefault(Setting(count, rate), {})[i] = adapter
-        rates = self.settings.learning_rate
-        in_order = sorted(found, key=lambda s: (rates.index(s.learning_rate), s.steps))
-        return {setting: found[setting] for setting in in_order}  # of equal errors the first counts
-
-    def _chooses(self, i: int) -> bool:
-        return len(self.held.get(i, ())) >= HOME_CHOOSES_ON
-
-    def _train_on_all(self, model: Model, chosen: Mapping[int, Setting]) -> dict[int, AdapterState]:
-        """Train one model of some institutions on all their records, by the chosen settings.
-
-        The chosen trial is not trained on instead: Adam, begun anew at its end, takes steps of full
-        length whatever the gradient, which cost models alone two points (benchmarks/LOG.md).
-        """
-        found: dict[int, AdapterState] = {}
-        for rate in dict.fromkeys(setting.learning_rate for setting in chosen.values()):
-            numbers = [i for i, setting in chosen.items() if setting.learning_rate == rate]
-            whole = {i: self.homes[i].shard for i in numbers}
-            steps = {i: (chosen[i].steps,) for i in numbers}
-            trained = self._train(model, whole, steps, rate, "all")
-            found |= {i: adapter for i, (adapter,) in trained.items()}
-        return found
-
-    def _train(
-        self,
-        model: Model,
-        shards: Mapping[int, Shard],
-        steps: Mapping[int, tuple[int, ...]],
-        rate: float,
-        purpose: str,
-    ) -> dict[int, list[AdapterState]]:
-        """Train one model of some institutions: number -> its adapters after those steps."""
-        settings, alone = self.settings, model is Model.ALONE
-        plan = HomePlan(
-            batch_size=settings.batch_size,
-            physical_batch=self.physical_batch,
-            learning_rate=rate,
-            head_learning_rate=settings.head_learning_rate if alone or self.fresh_head else rate,
-            proximal=settings.proximal if settings.method == "ditto" and not alone else 0.0,
-        )
-        trainees = [
-            Trainee(
-                shard=shard,
-                start=self.work.start if alone else self.starts[i],
-                steps=steps[i],
-                source=self.homes[i].source.child(model.value, purpose),
-                held=self.held[i] if len(steps[i]) > 1 and steps[i][0] >= COMPARED_FROM else None,
-            )
-            for i, shard in shards.items()
-        ]
-        return dict(zip(shards, train_at_home(self.work, trainees, plan), strict=True))
-
-    def _mixtures(
-        self, trials: Trials
-    ) -> Iterator[tuple[tuple[Setting, float], Mapping[int, AdapterState]]]:
-        """The means of own models' trials with the shared adapters, by setting and weight."""
-        for setting, adapters in trials.items():
-            for weight in self.weights:
-                means = {i: mixed(self.bases[i], a, weight) for i, a in adapters.items()}
-                yield (setting, weight), means
-
-    def _fewest(
-        self, candidates: Iterable[tuple[Candidate, Mapping[int, AdapterState]]]
-    ) -> dict[int, tuple[Candidate, float]]:
-        """The candidate with the fewest expected errors on the records held back, and these.
-
-        Institutions that do not choose are left out.
-        """
-        found: dict[int, tuple[Candidate, float]] = {}
-        for candidate, adapters in candidates:
-            choosing = {i: adapter for i, adapter in adapters.items() if self._chooses(i)}
-            if not choosing:
-                continue
-            for i, errors in zip(choosing, self._errors(choosing), strict=True):
-                if i not in found or errors < found[i][1]:
-                    found[i] = candidate, float(errors)
-        return found
-
-    def _errors(self, adapters: Mapping[int, AdapterState]) -> Floats:
-        """The expected errors of each institution's adapter; infinite if they are no number."""
-        shards = [self.held[i] for i in adapters]
-        errors = expected_errors(self.work, list(adapters.values()), shards, self.physical_batch)
-        return np.nan_to_num(errors, nan=np.inf, posinf=np.inf)
-
-    def _right(self, adapters: Mapping[int, AdapterState]) -> dict[int, tuple[bool, ...]]:
-        """Whether each institution's adapter is right on each of the records held back."""
-        found: dict[int, tuple[bool, ...]] = {}
-        for i, adapter in adapters.items():
-            adapter.load_into(self.work.model)
-            said, _ = self.work.task.predict(self.work.model, self.held[i], self.work.labels)
-            truth: list[int] = self.held[i].targets.tolist()
-            labels = [self.work.labels[target] for target in truth]
-            found[i] = tuple(a == b for a, b in zip(said, labels, strict=True))
-        return found
-
-
-def checkpoints(most: int) -> tuple[int, ...]:
-    """The numbers of steps that a model alone may take: ``most``, its half, its quarter, and so on.
-
-    Beyond the quarter it is halved as long as `COMPARED_FROM` steps are left.
-    """
-    found = [most]
-    while len(found) < 3 or found[-1] >= 2 * COMPARED_FROM:
-        found.append(max(1, found[-1] // 2))
-    return tuple(sorted(set(found)))
-
-
-def beside(shared: AdapterState, work: Trainable) -> AdapterState:
-    """Fresh factors beside the frozen shared ones, which become a residual of the base.
-
-    Args:
-        shared: The released adapter.
-        work: Its model; gives the fresh factors and the scale s of s B A.
-
-    Returns:
-        An adapter that computes what ``shared`` computes until it is trained.
-    """
-    scale = Scale.of_model(work.model)
-    whole, had_residuals = shared.single(scale)
-    return whole.as_residual(work.start, Scale(whole.rank, False) if had_residuals else scale)
+    own = alone
+    if not keeps_alone:
+        own = trainer.train(shard, begin, source.child("own", "all"))
+        weight = weight if own.is_finite() else 0.0
+        own = mixed(shared, own, weight)
+    return HomeModels(
+        alone=alone,
+        own=own,
+        weight=weight,
+        keeps_alone=keeps_alone,
+        held_back=len(held) if len(held) >= MIN_HELD_BACK else 0,
+    )
 
 
 def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> AdapterState:
@@ -385,21 +143,73 @@ def mixed(shared: AdapterState, trained: AdapterState, weight: float) -> Adapter
     )
 
 
-def _split(home: Home) -> tuple[Shard, Shard]:
+def split(shard: Shard, source: RandomSource) -> tuple[Shard, Shard]:
     """The records that a model is fitted to, and those that are held back.
 
     Copies of a record are on one side: a model is right on those that it was fitted to. At most
-    `HOME_VALIDATION` of the records are held back, and of the different ones: fewer where most
-    records are copies of a few.
+    `HELD_BACK` of the records are held back, and of the different ones.
     """
-    shard = home.shard
     copy_of = text_numbers(shard)
     copies, kinds = np.bincount(copy_of), list[int]()
-    room, most = (round(HOME_VALIDATION * count) for count in (len(shard), len(copies)))
-    order = home.source.child("validation").permutation(len(shard))
-    for kind_of in dict.fromkeys(copy_of[order].tolist()):
-        if copies[kind_of] <= room and len(kinds) < most:
-            room -= copies[kind_of]
-            kinds.append(kind_of)
+    room, most = (round(HELD_BACK * count) for count in (len(shard), len(copies)))
+    for one in dict.fromkeys(copy_of[source.permutation(len(shard))].tolist()):
+        if copies[one] <= room and len(kinds) < most:
+            room -= copies[one]
+            kinds.append(one)
     held = np.isin(copy_of, kinds)
     return shard.select(np.flatnonzero(~held)), shard.select(np.flatnonzero(held))
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Plain training of one adapter, and its errors."""
+
+    work: Trainable
+    steps: int
+    physical_batch: int
+
+    def train(self, shard: Shard, start: AdapterState, source: RandomSource) -> AdapterState:
+        """The mean of the second half of Adam's iterates, in place of a decaying step size.
+
+        Reference: Polyak and Juditsky (1992), Acceleration of stochastic approximation.
+        """
+        start.load_into(self.work.model)
+        named = lora_layers.trained(self.work.model)
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(list(_groups(named)), fused=True)
+        size = min(HOME_BATCH_SIZE, len(shard))
+        means: dict[str, torch.Tensor] = {}
+        with training_steps(self.work, private=False):
+            batches = shuffled(len(shard), size, self.steps, source.child("shuffle"))
+            for step, rows in enumerate(batches):
+                optimizer.zero_grad()
+                dropout = source.child("dropout", step)
+                add_gradients(self.work, shard, rows, self.physical_batch, dropout)
+                optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+                if (count := step + 1 - self.steps // 2) < 1:
+                    continue
+                for name, parameter in named.items():
+                    mean = means.setdefault(name, parameter.detach().clone())
+                    mean.lerp_(parameter.detach(), 1 / count)
+        return start.updated({name: mean.cpu() for name, mean in means.items()})
+
+    def errors(self, adapter: AdapterState, shard: Shard) -> float:
+        """The expected share of wrong answers, in [0, 1]; infinite where it is no number.
+
+        It is the mean of one minus the probability of the right class. Unlike the mean loss it is
+        not ruled by the few records of which a model is sure and wrong.
+        """
+        adapter.load_into(self.work.model)
+        with torch.no_grad():
+            losses = plain_passes(
+                self.work, shard, np.arange(len(shard)), self.physical_batch, None
+            )
+            total = sum(float(-torch.expm1(-each.double()).sum()) for each in losses)
+        return float(np.nan_to_num(total / len(shard), nan=np.inf, posinf=np.inf))
+
+
+def _groups(named: Mapping[str, torch.nn.Parameter]) -> Iterator[dict[str, object]]:
+    """Adam's groups: a head moves faster than factors."""
+    for head, rate in ((False, LEARNING_RATE), (True, HEAD_LEARNING_RATE)):
+        members = [p for name, p in named.items() if (kind(name) == "head") is head]
+        if members:
+            yield {"params": members, "lr": rate}

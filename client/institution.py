@@ -7,27 +7,15 @@ spending (docs/threat-model.md).
 
 import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import (
-    alone_models,
-    checks,
-    private_home,
-    private_training,
-    secure_role,
-    secure_store,
-    training,
-)
-from client.alone_models import AloneModel
+from client import checks, home, private_training, secure_role, secure_store, training
 from client.config_policy import server_values
-from client.home import models_alone, models_at_home
-from client.home_models import Home, HomeModels
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from client.private_round import PrivateRound, train_rounds
@@ -47,7 +35,6 @@ from fedlora.models.adapters import AdapterState
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import PrivacyPlan
 from fedlora.privacy.budget import delta_of, plan_run
-from fedlora.privacy.composition import Event
 from fedlora.privacy.streams import RandomSource
 from fedlora.runs import model_card, run_files
 from fedlora.runs.run_files import LEDGERS
@@ -159,8 +146,7 @@ class Institution:
                 self.secure_role()  # refuses missing keys and peers before the run begins
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
-                planned = (*plan.events, *self.events_at_home(shard.num_units, ledger))
-                fits = ledger.fits(planned, query.run)
+                fits = ledger.fits(plan.events, query.run)
             size = plan.size_class if plan.honest else 0
         return Hello(
             institution=self.name,
@@ -349,61 +335,33 @@ class Institution:
         default = sent.adapter.only(self.config.federation.traits.local_parts)
         return sent.adapter.updated(self._local_parts(sent.run).load(sent.round + 1, default))
 
-    def home(self, shared: AdapterState) -> Home:
-        """This institution as it trains models of its own, after the run (`client.home`).
+    def compare_at_home(self, shared: AdapterState) -> Evaluation:
+        """Train this institution's own models, and answer its held-out rows with all three.
+
+        The own model is saved into ``own/``, with its card.
 
         Args:
             shared: The adapter that the run released to it.
         """
-        shard, alone = self._records(), None
-        if self.simulated:
-            work = self._load()
-            base = work.base
-            # "auto" may be another dtype in another process, and other records may order the
-            # classes in another way
-            about = json.dumps([base.digest, base.dtype_name, *work.labels])
-            alone = alone_models.place(self.config, about, self.name, shard)
-        return Home(
-            shard=shard,
-            shared=shared,
-            source=RandomSource.seeded("home", self.config.seed, self.name),
-            alone=alone,
-        )
-
-    def models_at_home(self, homes: Sequence[Home]) -> list[HomeModels]:
-        """Train the models of institutions that take part in the same run."""
-        with processors.threads(self.config.engine.threads):
-            return models_at_home(
-                self._load(), homes, self.config.home, self.config.training.physical_batch
-            )
-
-    def models_alone(self, homes: Sequence[Home]) -> list[AloneModel]:
-        """Train the models alone of institutions that take part in the same run."""
-        with processors.threads(self.config.engine.threads):
-            return models_alone(
-                self._load(), homes, self.config.home, self.config.training.physical_batch
-            )
-
-    def compare(self, shared: AdapterState, models: HomeModels) -> Evaluation:
-        """Give the predictions of the three models on the held-out rows.
-
-        Args:
-            shared: The adapter that the run released to it.
-            models: Its other models; the own one is saved into ``own/``, with its card.
-        """
         with processors.threads(self.config.engine.threads):
             work = self._load()
-            shard = records.load(self.config).held_out(self.index)
-            # first of all, since predictions may run out of memory
+            models = home.train(
+                work,
+                self._records(),
+                shared,
+                RandomSource.seeded("home", self.config.seed, self.name),
+                steps=self.config.home.steps,
+                physical_batch=self.config.training.physical_batch,
+            )
             models.own.save(self.directory / "own", work.model)
-            model_card.write_own(self.directory / "own", models.card(), self.config, work)
+            model_card.write_own(self.directory / "own", home.CARD, self.config, work)
+            shard = records.load(self.config).held_out(self.index)
             predicted: dict[str, list[int]] = {}
             for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
                 adapter.load_into(work.model)
                 answers = work.task.predict(work.model, shard, work.labels)[0] if len(shard) else []
                 predicted[name] = [work.labels.index(answer) for answer in answers]
-        figures = {**predicted, **models.choice.figures()}
-        return Evaluation(institution=self.name, metrics=figures)
+        return Evaluation(institution=self.name, metrics={**predicted, **models.figures()})
 
     def can_share(self, order: TrainOrder) -> bool:
         """Whether a round of this order can share passes with other institutions' rounds."""
@@ -436,7 +394,7 @@ class Institution:
             try:
                 Ledger.create(
                     path,
-                    max_epsilon=privacy.max_epsilon or self.config.planned_epsilon,
+                    max_epsilon=privacy.max_epsilon or privacy.epsilon,
                     delta=delta_of(privacy, shard.num_units),
                     accountant=privacy.accountant,
                 )
@@ -478,17 +436,6 @@ class Institution:
             size=sizes[config.federation.weighting],
             metrics={name: known[name] for name in order.report if name in known},
         )
-
-    def events_at_home(self, units: int, ledger: Ledger) -> tuple[Event, ...]:
-        """The cost of the own model that a simulated run trains here under DP; else empty."""
-        if not self.config.home.private:
-            return ()
-        if self.index not in self.config.at_home(len(records.load(self.config).names)):
-            return ()
-        config = private_home.config_at_home(
-            self.config, delta=ledger.delta, accountant=ledger.accountant
-        )
-        return plan_run(config, units, 1).events
 
     def _check_limits(self, plan: PrivacyPlan, ledger: Ledger) -> None:
         checks.check_limits(

@@ -459,9 +459,6 @@ def _run_cell(
         os.close(opened)
     import torch
 
-    from client import alone_models
-
-    os.environ[alone_models.DIRECTORY] = alone
     torch.set_num_threads(threads)
     execute(arguments)
 

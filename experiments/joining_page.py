@@ -13,7 +13,6 @@ from experiments.conclusion import under_dp
 from experiments.figures import DASHES, INK, MARKERS, MAX_SERIES, MUTED, SERIES
 from experiments.pages import Section, Table
 from fedlora.config.config import RunConfig
-from fedlora.config.sections import HOME_CHOOSES_FROM, HOME_CHOOSES_ON, HOME_COMPARES_FROM
 from fedlora.runs import joining_verdict
 from fedlora.runs.joining_verdict import MAX_SCARCE_RECORDS, MIN_TEXTS, MODELS, has_interval
 
@@ -39,27 +38,6 @@ PRIVATE = (
     "and no record chose a setting for them. What this page says of privacy elsewhere is said of "
     "the shared adapter only, not of these models and their figures."
 )
-SEEDED = (
-    "Alone has no differential privacy, and the noise of own models came from a seed, which "
-    "protects nobody: both may reveal records, so they stay at their institution and must not be "
-    "passed on. What this page says of privacy is said of the shared adapter only, not of these "
-    "models and their figures."
-)
-CHOICES = (
-    "The number of training steps of the model alone, which an own model without differential "
-    "privacy takes too, the learning rate at home if several are given, and how much such an own "
-    "model keeps of the shared adapter (at most half; with fine-tune nothing), were chosen by each "
-    "institution on validation records, a part of its training records. Institutions with fewer "
-    f"than {HOME_CHOOSES_FROM} training records, and those that held back fewer than "
-    f"{HOME_CHOOSES_ON} since many are copies of a few, chose none of these. "
-    "Held-out records decided nothing in this run: the models that institutions made at home were "
-    "measured on them once, at the end; the shared adapter also in rounds that measure it."
-)
-KEEPING = (
-    "An own model without differential privacy gave way to the model alone where that was right "
-    f"clearly more often on validation records (not with fewer than {HOME_COMPARES_FROM} training "
-    "records), so losses by joining are partly cut off. "
-)
 BARS = (
     "Bars in the picture are 95 % intervals over seeds. Seeds are splits of the same records, or "
     "partitions of them with one test file, so another set of records could differ by more."
@@ -78,10 +56,7 @@ INTERVALS = (
 
 def home_promise(config: RunConfig) -> str:
     """What DP says of the models that institutions trained at home."""
-    if not config.home.private:
-        return STAYS
-    seeded = config.privacy.noise == "seeded"
-    return SEEDED if seeded else PRIVATE.format(epsilon=config.home.epsilon)
+    return STAYS
 
 
 def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
@@ -104,9 +79,7 @@ def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
             words=[
                 MEANINGS,
                 home_promise(config),
-                CHOICES,
                 *_keeping(joining),
-                *_most_steps(joining["institutions"], config.home.steps),
                 INTERVALS,
                 "In macro-F1, which counts each class alike, the gain is "
                 f"{joining_verdict.macro_f1_gain(joining['gain_macro_f1'])}; one record of a rare "
@@ -117,7 +90,6 @@ def section(result: Mapping[str, Any], config: RunConfig) -> list[Section]:
             ],
             figures=_figure(joining["institutions"]),
             tables=[
-                _sizes(joining["sizes"]),
                 _institutions(joining["institutions"]),
             ],
         )
@@ -157,48 +129,9 @@ def _scarce(joining: Mapping[str, Any]) -> str:
 
 def _keeping(joining: Mapping[str, Any]) -> list[str]:
     """Which institutions keep the model alone, and by what rule."""
-    if "epsilon" in joining:
-        return []
     names, count = joining_verdict.keepers(joining), len(joining["institutions"])
     said = f"{len(names)} of {count} institutions keep the model alone as their own"
-    return [KEEPING + said + (f": {', '.join(names)}. Their gain is 0." if names else ".")]
-
-
-def _most_steps(institutions: Mapping[str, Mapping[str, Any]], most: int) -> list[str]:
-    """How many models alone may have been stopped too early."""
-    chose = [
-        of
-        for of in institutions.values()
-        if of.get("held_back", HOME_CHOOSES_ON * (of["records"] >= HOME_CHOOSES_FROM))
-        >= HOME_CHOOSES_ON
-    ]
-    if not chose:
-        return []
-    took = sum(of["alone_steps"] == most for of in chose)
-    return [
-        f"Of {len(chose)} models alone that could choose their number of steps, {took} took the "
-        f"most, {most:,} (home.steps). Where most do, models alone may be better with more, and "
-        "the gain of joining smaller."
-    ]
-
-
-def _sizes(sizes: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each size class."""
-    columns = [
-        [
-            joining_verdict.size_range(size),
-            str(of["institutions"]),
-            *(str(of[movers]) for movers in ("gaining", "losing")),
-            f"{of['rows']:,}",
-            *_accuracies(of),
-            " to ".join(filter(None, _interval(of))),
-        ]
-        for size, of in sizes.items()
-    ]
-    heads = ["training records", "institutions", "of which gain", "of which lose"]
-    heads += ["held-out records", *_MODEL_HEADS, "95 % interval"]
-    rows = [[head, *values] for head, *values in zip(heads, *columns, strict=True)]
-    return Table(rows=rows, title="By number of training records", fixed=True)
+    return [said + (f": {', '.join(names)}. Their gain is 0." if names else ".")]
 
 
 _MODEL_HEADS = (*(f"{model}, %" for model in MODELS), "gain, points")

@@ -355,11 +355,6 @@ def ledgers(run: Run) -> list[str]:
         f"limit. The least is left at {name}: epsilon {at_least(left)} of "
         f"{worst['ledger_limit']:g}, at delta {at_most(worst['ledger_delta'], 3)}."
     )
-    if "epsilon" in run.result.get("joining", {}):
-        said += (
-            " Own models, trained afterwards under differential privacy, were charged for up to "
-            f"epsilon {run.config.home.epsilon:g} more."
-        )
     if not run.config.deployed and not run.config.privacy.ledger:
         said += " This simulation began new ledgers: earlier runs on these records do not count."
     return [said]

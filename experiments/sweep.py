@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import ready, results
-from experiments.results import EPSILON, OWN_EPSILON
+from experiments.results import EPSILON
 from fedlora.config import config as configs
 from fedlora.config import plugins
 from fedlora.config.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
@@ -26,7 +26,6 @@ from fedlora.data import records
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.models import base_directory, model_files
-from fedlora.privacy.budget import rate_of
 from server import binding
 
 ARMS = ("base", "local", "local-dp", "central", "central-dp", "federated", "federated-dp")
@@ -116,7 +115,7 @@ def read(path: Path) -> list[Case]:
             config = _in_arm(arm, base, {**values, **own[arm]})
             if arm.endswith("-dp") and not config.privacy.enabled:
                 continue  # this would be the arm without DP
-            ran = {EPSILON: config.privacy.epsilon, OWN_EPSILON: config.home.epsilon}
+            ran = {EPSILON: config.privacy.epsilon}
             budgets = {key: value for key, value in ran.items() if key in labels}
             case = Case(arm=arm, axes=labels | budgets, config=config)
             cases.setdefault(results.case_key(arm, case.axes, config.seed), case)
@@ -195,7 +194,7 @@ def _overrides(
     for arm, values in own.items():
         _check_keys(f"[set.{arm}]", values)
         for key in values:
-            if key in (EPSILON, OWN_EPSILON) and not arm.endswith("-dp"):
+            if key == EPSILON and not arm.endswith("-dp"):
                 raise InputError(
                     f"[set.{arm}] has {key}, but the arm is without DP; drop it, or name the arm "
                     f"{arm}-dp"
@@ -318,7 +317,7 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     everything = {**base, **values}
     free: dict[str, Any] = {}
     if kind == arm or float(everything.get(EPSILON, PrivacyConfig.epsilon)) == math.inf:
-        budgets = (EPSILON, "privacy.institution-epsilon", OWN_EPSILON)
+        budgets = (EPSILON, "privacy.institution-epsilon")
         free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
         if everything.get("federation.weighting") == "noised-size":
             free["federation.weighting"] = "public-size"
@@ -399,8 +398,7 @@ def _cell(arm: str, institution: str, config: RunConfig, key: str) -> Cell:
     work = tokens * (6 * rounds * training.local_steps * step + 2 * measured)
     if rounds:
         shards = [seen.train(i) for i in range(len(seen.names))]
-        each = [(len(shard), rate_of(config, shard)) for shard in shards]
-        work += tokens * 6 * config.home.work_of_all(each)
+        work += tokens * 6 * config.home.work_of_all([len(shard) for shard in shards])
     base = model_files.resolve(config.model.name)
     size = sum(file.stat().st_size for file in base.weights)
     inputs = [config.fingerprint(), base_directory.digest(base), seen.fingerprint()]

@@ -325,7 +325,7 @@ def _joining(pooled: Lines, configs: Mapping[str, RunConfig], about: Mapping[str
     budget = min(config.privacy.epsilon for config in at_home.values())
     alike = _only_holdings(configs, about)
     drawn = joining_page.by_records(pooled, EPSILON, budget) if alike else {}
-    words = [joining_page.MEANINGS, *promises, joining_page.CHOICES]
+    words = [joining_page.MEANINGS, *promises]
     bars = any(line.get("gain_ci95") is not None for line in pooled)
     words += [joining_page.BARS] if drawn and bars else []
     return Section(title=joining_page.TITLE, words=words, figures=drawn)
@@ -337,7 +337,7 @@ def _home_promises(at_home: Mapping[str, RunConfig], about: Mapping[str, Any]) -
     noises = {config.privacy.noise for config in at_home.values()}
     for case in about["cases"]:
         for config in (at_home[cell] for cell in case["cells"].values() if cell in at_home):
-            of = f"{case['arm']} with home.epsilon {config.home.epsilon:g}"
+            of = f"{case['arm']}"
             of += f" and privacy.noise {config.privacy.noise}" * (len(noises) > 1)
             found.setdefault(joining_page.home_promise(config), {})[of] = None
     if len(found) == 1:

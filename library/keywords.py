@@ -107,12 +107,7 @@ class Keywords(TypedDict, total=False):
     # [home]
     home_method: str
     home_steps: int
-    home_batch_size: int
-    home_learning_rate: float | Sequence[float]
-    home_head_learning_rate: float
-    home_proximal: float
     home_institutions: int
-    home_epsilon: float
     # [engine]
     workers: int
     threads: int

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedlora.arrays import Int64
 from fedlora.config.config import RunConfig
+from fedlora.config.sections import HOME_BATCH_SIZE
 from fedlora.data import records
 from fedlora.errors import Refusal
 from fedlora.privacy.budget import rate_of
@@ -40,9 +41,8 @@ def measure(
         population: The institutions and their held-out rows.
 
     Returns:
-        As `runs.comparison.summary`, with ``seconds``, and ``method``, or ``epsilon`` if own
-        models were trained under DP; ``not_compared`` (institution -> reason) if a reply was
-        refused or an institution has no held-out rows.
+        As `runs.comparison.summary`, with ``seconds`` and ``method``; ``not_compared`` (institution
+        -> reason) if a reply was refused or an institution has no held-out rows.
     """
     started = time.monotonic()
     assert population.held_out is not None
@@ -62,11 +62,7 @@ def measure(
     failed |= dict.fromkeys(sorted(answers.keys() - found.keys()), NO_ROWS)
     return {
         **summary(found, population.labels),
-        **(
-            {"epsilon": config.home.epsilon}
-            if config.home.private
-            else {"method": config.home.method}
-        ),
+        "method": config.home.method,
         "seconds": round(time.monotonic() - started, 2),
         **({"not_compared": failed} if failed else {}),
     }
@@ -87,7 +83,7 @@ def seconds_at_home(config: RunConfig, institutions: Sequence[int]) -> float:
     for shard in (federation.train(i) for i in institutions):
         rate = rate_of(config, shard)
         of_a_round = config.training.local_steps * rate * len(shard)
-        longest = max(longest, home.work(len(shard), rate) / max(of_a_round, home.batch_size))
+        longest = max(longest, home.work(len(shard)) / max(of_a_round, HOME_BATCH_SIZE))
     return longest * config.federation.timeout
 
 

@@ -67,11 +67,6 @@ POOLED = (
     "as one unit at each of them, so that only its records at one institution are protected at "
     "once."
 )
-HOME = (
-    " An institution that trains an own model at home does so after the last round, under "
-    "differential privacy with home.epsilon {epsilon:g} on top. Every figure here is of the time "
-    'before, also "ledger_epsilon"; the card of each own model has the total of its ledger.'
-)
 
 
 def statement(
@@ -169,8 +164,6 @@ def promise(config: RunConfig, *, follows: bool) -> dict[str, str]:
         words += STARTED.format(what="an earlier adapter (adapter.start)")
     elif follows:
         words += STARTED.format(what="a base model of an earlier run (merged.json)")
-    if config.home.private and not config.deployed:
-        words += HOME.format(epsilon=config.home.epsilon)
     return {
         "protects": NO_PROMISE_WITH_SEED if privacy.noise == "seeded" else words,
         "adversary": adversary,

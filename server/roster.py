@@ -311,13 +311,10 @@ class Roster:
         privacy = self._config.privacy
         lacking = sum(not hello.fits for hello in self._known.values())
         if len(self) - lacking < least:
-            home = self._config.home
-            also = f" with own models at home.epsilon {home.epsilon:g}" if home.private else ""
             raise InputError(
                 f"budget exhausted: {lacking} of {len(self)} institutions have too little left in "
-                f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}{also}, and "
-                f"{least} institutions are needed; lower privacy.epsilon"
-                f"{' or home.epsilon' if also else ''} or use "
+                f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}, and "
+                f"{least} institutions are needed; lower privacy.epsilon or use "
                 "other records (`fedlora ledger show` prints the remaining budget; --max-epsilon "
                 "is for new ledgers and does not raise the limit of one that exists)"
             )

@@ -57,7 +57,6 @@ def describe(config: RunConfig) -> dict[str, Any]:
         )
     records = prepare(config)
     with paused_gc():
-        from client import private_home
         from server import aggregation, plugged, population, tracking
         from server.start import head_start, start_adapter
     refused: list[str] = []
@@ -74,8 +73,6 @@ def describe(config: RunConfig) -> dict[str, Any]:
     plans: list[PrivacyPlan] = []
     if config.privacy.enabled:
         plans = attempt(findings.plans_of, config, records.units, cap) or []
-        if plans:
-            attempt(private_home.check_plans, config, records.units)
     found: list[Finding] = []
     if plans or not config.privacy.enabled:
         found = findings.findings(config, records, cap)
@@ -206,8 +203,7 @@ def _ledgers(
                 ledger.is_bound(shard.fingerprint, config.privacy.unit)
                 shown = ledger.show()
                 described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
-                planned = (*plan.events, *institution.events_at_home(units, ledger))
-                described[name]["fits"] = ledger.fits(planned)
+                described[name]["fits"] = ledger.fits(plan.events)
         except Refusal as refusal:
             described[name] = {"fits": False, "problem": refusal.detail}
     return described
@@ -259,7 +255,7 @@ def _cost(
         "home": 0.0,
     }
     if chosen := config.at_home(names):
-        at_home = config.home.work_of_all(each)
+        at_home = config.home.work_of_all([size for size, _ in each])
         seconds["home"] = at_home * of_row / min(workers, len(chosen))
     ordered = wire.array_bytes(wire.pack_adapter(work.start))
     answered = [

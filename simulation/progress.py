@@ -227,12 +227,6 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
             f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records; "
             f"{_accuracies(joining['scarce'])}",
         )
-    for size, of in joining["sizes"].items() if len(joining["sizes"]) > 1 else ():
-        table.add_row(
-            f"with {joining_verdict.size_range(size)}",
-            f"training records: {joining_verdict.interval({**of, 'mean': of['gain']})}; "
-            f"{_accuracies(of)} (institutions: {of['institutions']})",
-        )
     style = VERDICT_STYLES[joining_verdict.overall(joining)]
     if void(result) and style == "green":
         style = "yellow"  # said above of all figures

@@ -114,14 +114,12 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
         check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
-        from client import private_home
         from fedlora.data import findings
         from fedlora.models import trainable
 
         if config.privacy.enabled:  # an impossible budget is refused; forks inherit its noise
             cap = config.federation.participations(len(records.names))
             findings.plans_of(config, records.units, cap)
-            private_home.check_plans(config, records.units)
         for name in _modules(config):
             importlib.import_module(name)
         trainable.load(config, records.labels)

@@ -109,13 +109,12 @@ class RunConfig(Section):
             config_rules.check_secure(federation, privacy, self.flat(), deployed=self.deployed)
         config_rules.check_robust(federation, privacy)
         config_rules.check_strategy(self.adapter, federation)
-        config_rules.check_home(self.home, self.model.task, privacy, deployed=self.deployed)
+        config_rules.check_home(self.home, self.model.task)
         config_rules.check_plug_ins(self.plug_ins, federation, privacy, self.model.task)
-        if 0 < privacy.max_epsilon < self.planned_epsilon and privacy.enabled:
-            spent = "privacy.epsilon" + " + home.epsilon" * self.home.private
+        if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
             raise InputError(
-                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below {spent} "
-                f"({self.planned_epsilon:g}); raise it or lower {spent.replace('+', 'or')}"
+                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below privacy.epsilon "
+                f"({privacy.epsilon:g}); raise it or lower privacy.epsilon"
             )
 
     @property
@@ -136,12 +135,6 @@ class RunConfig(Section):
             ),
         ]
         return [(key, name) for key, name in named if name]
-
-    @property
-    def planned_epsilon(self) -> float:
-        """The epsilon that a simulation spends at an institution: the run's and its own model's."""
-        trains = self.home.private and self.data.view == "all"  # one institution has no home
-        return self.privacy.epsilon + (self.home.epsilon if trains else 0.0)
 
     @property
     def paid_size_noise(self) -> float:

@@ -103,23 +103,12 @@ def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None
         )
 
 
-def check_home(home: HomeConfig, task: str, privacy: PrivacyConfig, *, deployed: bool) -> None:
-    """Refuse models at home that cannot be compared, or whose promise would not hold."""
+def check_home(home: HomeConfig, task: str) -> None:
+    """Refuse models at home that cannot be compared."""
     if task == "sft" and home.method != "none":
         raise InputError(
             f"home.method is {home.method!r}, but model.task is 'sft': models at home are compared "
             "by the rows on which they name the right class, and a response has no class; use none"
-        )
-    if home.private and deployed:
-        raise InputError(
-            f"home.epsilon is {home.epsilon:g}, but data.source is 'institutions', where each "
-            "institution decides on a charge by itself, with `fedlora home --epsilon`; use inf"
-        )
-    if home.private and not privacy.enabled:
-        raise InputError(
-            f"home.epsilon is {home.epsilon:g}, but privacy.epsilon is inf, so the shared adapter "
-            "may reveal records, and a model that starts from it may too; set home.epsilon to inf, "
-            "or privacy.epsilon to a finite number"
         )
 
 

@@ -1,6 +1,12 @@
 """Keys and commands that are gone, and what to use in their place: one line each."""
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "home.batch-size": "it is 32",
+    "home.learning-rate": "it is 0.005",
+    "home.head-learning-rate": "it is 0.05",
+    "home.proximal": "an own model is a mean with the shared one (home.method = interpolate)",
+    "home.epsilon": "models at home have no DP and stay at the institution",
+}
 """A key that was removed -> what to use, the end of the sentence "KEY is gone; ..."."""
 COMMANDS: dict[str, str] = {}
 """A command that was removed -> what to use, the end of the sentence "COMMAND is gone; ..."."""

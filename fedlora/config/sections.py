@@ -44,8 +44,6 @@ MIN_NATURAL_RECORDS = 8
 partition are left out by default."""
 MIN_RATE = 1e-7
 """The smallest learning rate."""
-MAX_RATES = 8
-"""The most learning rates at home."""
 
 _CREDENTIALS = re.compile(
     r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
@@ -475,8 +473,7 @@ class PrivacyConfig(Section):
     )
     max_epsilon: float = key(
         0.0,
-        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon, and "
-        "home.epsilon where own models are trained under DP",
+        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon",
         at_least=0,
     )
 
@@ -544,20 +541,8 @@ class PrivacyConfig(Section):
         return math.isfinite(self.institution_epsilon)
 
 
-HOME_VALIDATION = 0.2
-"""Share of an institution's training records that choices at home are made on."""
-HOME_CHOOSES_FROM = 78
-"""An institution with fewer training records chooses no setting."""
-HOME_CHOOSES_ON = round(HOME_VALIDATION * HOME_CHOOSES_FROM)
-"""Nor does one that holds fewer records back, as where most are copies of a few."""
-HOME_STEPS_WITHOUT_CHOICE = 60
-"""The most steps of such an institution; with 80 records 96 at a rate of 0.005 do no better."""
-HOME_PRIVATE_RATE = 0.3
-"""Of a learning rate at home the share under DP: Adam carries noise by rate times root of steps."""
-HOME_COMPARES_FROM = 38
-"""With fewer training records alone and own are not compared."""
-HOME_COMPARES_ON = round(HOME_VALIDATION * HOME_COMPARES_FROM)
-"""Nor are they where fewer are held back."""
+HOME_BATCH_SIZE = 32
+"""Records of a step at home."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,104 +555,30 @@ class HomeConfig(Section):
     prefix = "home."
     method: str = key(
         "interpolate",
-        "an institution's own model: fine-tune trains the shared adapter on; interpolate trains "
-        "the shared factors with a fresh head, and takes a weighted mean of both adapters; ditto "
-        "trains the shared adapter with a pull to it and takes the mean; dual trains a second "
-        "adapter beside the frozen shared one and takes the mean; none trains no model at home, "
-        "and is the default and the only choice for sft",
-        choices=("none", "fine-tune", "interpolate", "ditto", "dual"),
+        "an institution's own model: interpolate trains the shared factors with a fresh head, and "
+        "takes a weighted mean of both adapters; none trains no model at home, and is the default "
+        "and the only choice for sft",
+        choices=("none", "interpolate"),
     )
-    steps: int = key(
-        120,
-        "the most steps at home; validation records may choose fewer, and an institution with "
-        f"fewer than {HOME_CHOOSES_FROM} training records takes {HOME_STEPS_WITHOUT_CHOICE} at "
-        "most; under home.epsilon exactly so many",
-        at_least=1,
-    )
-    batch_size: int = key(32, "records of a step at home", at_least=1)
-    learning_rate: tuple[float, ...] = key(
-        (0.005,),
-        "Adam's learning rates at home: validation records choose one; an institution with too "
-        "few of them takes the first",
-        at_least=MIN_RATE,
-        at_most=1e4,
-    )
-    head_learning_rate: float = key(
-        0.05,
-        "Adam's learning rate of a fresh head: that of the model alone, and with interpolate of "
-        "the own model",
-        at_least=MIN_RATE,
-        at_most=1e4,
-    )
-    proximal: float = key(0.1, "ditto: mu of the pull mu (w - w_shared)", at_least=0, at_most=1e4)
+    steps: int = key(60, "steps of each training at home", at_least=1)
     institutions: int = key(
         0,
         "institutions of a simulation that train at home, spread evenly over all; 0: all",
         at_least=0,
     )
-    epsilon: float = key(
-        math.inf,
-        "budget of an own model, charged to the ledger on top of privacy.epsilon: it is then "
-        "trained by home.steps steps of DP-SGD from the shared adapter, at "
-        f"{HOME_PRIVATE_RATE:g} of the first home.learning-rate, whatever home.method says; "
-        "inf: no DP. Simulations only: a deployed institution decides with fedlora home --epsilon",
-        above=0,
-        infinite=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= len(self.learning_rate) <= MAX_RATES:
-            raise InputError(
-                f"home.learning-rate has {len(self.learning_rate)} rates; give from 1 to "
-                f"{MAX_RATES}: each is a training of its own"
-            )
-        for place, rate in enumerate(self.learning_rate):
-            if rate in self.learning_rate[:place]:
-                raise InputError(f"home.learning-rate names {rate:g} twice; leave one out")
-
-    @property
-    def private(self) -> bool:
-        """Whether own models are trained under DP."""
-        return self.method != "none" and math.isfinite(self.epsilon)
-
-    @property
-    def steps_without_choice(self) -> int:
-        """Steps of an institution that has too few records to choose them."""
-        return min(self.steps, HOME_STEPS_WITHOUT_CHOICE)
-
-    @property
-    def private_learning_rate(self) -> float:
-        """The learning rate of an own model under DP."""
-        return max(MIN_RATE, HOME_PRIVATE_RATE * self.learning_rate[0])
 
     def chosen(self, institutions: int) -> list[int]:
         """The numbers of the institutions that train at home, of so many, ascending."""
         count = min(self.institutions or institutions, institutions)
         return [i * institutions // count for i in range(count)]
 
-    def work_of_all(self, each: Sequence[tuple[int, float]]) -> float:
-        """The sum of `work` over those that train at home, of all institutions' arguments."""
-        return sum(self.work(*each[i]) for i in self.chosen(len(each)))
+    def work_of_all(self, records: Sequence[int]) -> float:
+        """The sum of `work` over those that train at home, given the records of all."""
+        return sum(self.work(records[i]) for i in self.chosen(len(records)))
 
-    def work(self, records: int, sample_rate: float) -> float:
-        """The most passes of a record that an institution makes.
-
-        Two models: each by every rate to choose, and at the end once more on all records; with few
-        records by one rate, and without records to hold back only at the end. An own model under DP
-        has no trials: it takes all steps at the sample rate of the run.
-
-        Args:
-            records: Its training records.
-            sample_rate: The share of them that it trains on in a step of the run.
-        """
-        if self.method == "none":
-            return 0.0
-        trials, steps = int(records >= HOME_COMPARES_FROM), self.steps_without_choice
-        if records >= HOME_CHOOSES_FROM:
-            trials, steps = len(self.learning_rate), self.steps
-        model = (trials + 1) * steps * min(self.batch_size, records)
-        return model + (self.steps * sample_rate * records if self.private else model)
+    def work(self, records: int) -> float:
+        """The most passes of a record that an institution makes: two models, each trained twice."""
+        return 0.0 if self.method == "none" else 4 * self.steps * min(HOME_BATCH_SIZE, records)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.models import metrics
-from fedlora.privacy import accounting
 from fedlora.arrays import Floats, Int64
 from fedlora.runs.joining_verdict import (
     MAX_SCARCE_RECORDS,
@@ -27,15 +26,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 4000
 DRAWS_AT_ONCE = 16
 """Resamples in memory where each has a number for every text and class; it divides `RESAMPLES`."""
-CHOICES = (
-    "alone_steps",
-    "own_steps",
-    "alone_learning_rate",
-    "own_learning_rate",
-    "weight",
-    "keeps_alone",
-    "held_back",
-)
+CHOICES = ("weight", "keeps_alone", "held_back")
 """Names of what an institution chose at home, last the records that it held back to choose on."""
 
 
@@ -120,8 +111,7 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         ``gain_macro_f1``: mean and interval of own over alone in macro-F1, and
         ``classes_with_few_texts``, the number of its classes with fewer than `MIN_CLASS_TEXTS`.
         ``scarce``: accuracies, gain and its interval on rows of classes that are scarce at their
-        institution. ``sizes``: size class -> the same, ``institutions``, and how many of these gain
-        or lose. ``institutions``: name -> the same of one institution, with ``records`` and what
+        institution. ``institutions``: name -> the same of one institution, with ``records`` and what
         validation records chose. Empty without rows.
     """
     if not found:
@@ -137,9 +127,6 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
         }
     quality = {model: _quality(everyone, model, labels) for model in MODELS}
     low_f1, high_f1 = _macro_f1_interval(everyone, len(labels))
-    sizes: dict[int, list[str]] = {}
-    for name in sorted(found):
-        sizes.setdefault(accounting.public_size(found[name].records), []).append(name)
     scarce = [_selected(rows, rows.scarce) for rows in everyone]
     return {
         **quality,
@@ -155,14 +142,6 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
             "classes_with_few_texts": _classes_with_few_texts(everyone, len(labels)),
         },
         "scarce": _compared(scarce),
-        "sizes": {
-            str(size): {
-                "institutions": len(names),
-                **_compared([found[name] for name in names]),
-                **_movers([institutions[name] for name in names]),
-            }
-            for size, names in sorted(sizes.items())
-        },
         "institutions": institutions,
     }
 

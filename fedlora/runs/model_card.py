@@ -351,8 +351,7 @@ def is_private(config: RunConfig, *, own_model: bool = False) -> bool:
     """
     of_server = config.privacy.hides_institutions and not config.federation.traits.local_parts
     released = config.privacy.enabled or of_server
-    made_so = config.home.private if own_model else released
-    return made_so and config.privacy.noise != "seeded"  # a seed's noise protects nobody
+    return released and not own_model and config.privacy.noise != "seeded"
 
 
 def _front_matter(config: RunConfig, library: str, *, private: bool) -> str:

@@ -169,18 +169,10 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (("seeded-noise",), "privacy.noise", "seeded"),
         (followed, "privacy.size-noise", 0.01, 1e6),  # not used by this weighting
         (bad, "privacy.size-noise", 5e-324, 9e-3, 1.1e6),
-        (followed, "home.method", "none", "fine-tune", "interpolate", "ditto"),
+        (followed, "home.method", "none", "interpolate"),
         (bad, "home.method", "another", ""),
         (followed, "home.steps", 1, MAX_INTEGER),
         (bad, "home.steps", 0),
-        (followed, "home.batch-size", 1, MAX_INTEGER),
-        (bad, "home.batch-size", 0),
-        (followed, "home.learning-rate", 1e-7, 1e4, "[0.001, 0.002]"),
-        (bad, "home.learning-rate", 9e-8, 10001.0, "[]", json.dumps([0.1] * 9), "fast"),
-        (followed, "home.head-learning-rate", 1e-7, 1e4),
-        (bad, "home.head-learning-rate", 9e-8, 10001.0),
-        (followed, "home.proximal", 0.0, 1e4),
-        (bad, "home.proximal", 10001.0),
     ):
         yield from (case(codes, key, value) for value in values)
     secure = {

@@ -118,7 +118,7 @@ def test_inline_and_ray_give_the_same_figures_of_joining(
 
     def made(name, workers, simulate):
         values = {"run-dir": str(tmp_path / name), "engine.workers": workers}
-        home = {"home.method": "interpolate", "home.steps": 8, "home.learning-rate": 0.02}
+        home = {"home.method": "interpolate", "home.steps": 8}
         config = tiny_config(**values, **home, **{"federation.rounds": 1})
         joining, rows = simulate(config)["joining"], len(records.load(config).all_held_out)
         assert len(joining["institutions"]) == 4 and "not_compared" not in joining

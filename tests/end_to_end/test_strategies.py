@@ -430,7 +430,7 @@ def test_a_run_with_residuals_or_local_parts_compares_models_at_home(
     config = tiny_config(
         **PLAIN,
         **{"federation.strategy": strategy, "federation.rounds": 2, "privacy.epsilon": 1e3},
-        **{"home.method": "ditto", "home.steps": 8, "home.learning-rate": 0.02},
+        **{"home.method": "interpolate", "home.steps": 8},
     )
     joining = simulate_run(config)["joining"]
     assert len(joining["institutions"]) == 4 and "not_compared" not in joining

@@ -206,7 +206,7 @@ def test_the_page_does_not_say_of_own_models_under_dp_that_they_have_none(run_di
     path.write_text(json.dumps(result))
 
     def section(**values):
-        settings(run_directory, **{"home.method": "fine-tune", "home.epsilon": 2.0}, **values)
+        settings(run_directory, **{"home.method": "interpolate"}, **values)
         text = report.write(run_directory).read_text(encoding="utf-8")
         return text[text.index("<h2>What joining gives") : text.index("<h2>Quality")]
 
@@ -309,7 +309,11 @@ def test_a_run_without_models_at_home_says_nothing_of_joining(run_directory):
 def test_a_run_whose_institutions_all_failed_at_home_says_so(run_directory):
     path = run_directory / "result.json"
     result = json.loads(path.read_text())
-    result["joining"] = {"method": "ditto", "seconds": 1.0, "not_compared": {"Beta": "timeout"}}
+    result["joining"] = {
+        "method": "interpolate",
+        "seconds": 1.0,
+        "not_compared": {"Beta": "timeout"},
+    }
     path.write_text(json.dumps(result))
     text = report.write(run_directory).read_text(encoding="utf-8")
     assert "No institution was compared" in text and "Beta (timeout)" in text

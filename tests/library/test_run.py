@@ -203,8 +203,6 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"target_modules": 3}, "adapter.target-modules is 3; it must be a list of text"),
         ({"labels": None}, "data.labels is None; it must be a list of text"),
         ({"labels": FRAME.label}, "data.labels is a Series; it must be a list of text"),
-        ({"home_learning_rate": None}, "home.learning-rate is None; it must be a list of numbers"),
-        ({"home_learning_rate": "fast"}, "home.learning-rate is 'fast'"),
         ({"metrics": ["nowhere:x"]}, "the module nowhere cannot be imported"),
         ({"metrics": [lambda predictions: 0.0]}, "names a figure '<lambda>'"),
         ({"metrics": ["own:accuracy"]}, "names a figure 'accuracy'"),

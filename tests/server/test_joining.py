@@ -15,15 +15,13 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 from rich.table import Table
 
-from experiments import report
-from fedlora.data import records
 from fedlora.data.shards import concatenate
 from fedlora.errors import Refusal
 from fedlora.models import metrics
 from fedlora.models.adapters import AdapterState
 from fedlora.runs import comparison as comparison_module
 from fedlora.runs.comparison import _interval, summary, text_numbers
-from fedlora.runs.joining_verdict import Outcome, comparison, macro_f1_gain, outcome, verdict
+from fedlora.runs.joining_verdict import Outcome, comparison, outcome, verdict
 from fedlora.terminal import Terminal
 from fedlora.wire import wire
 from fedlora.wire.messages import EvaluateOrder, Evaluation
@@ -183,23 +181,6 @@ def test_scarce_rows_are_those_of_classes_that_their_institution_has_little_of()
     assert summary({"Beta": TWO["Beta"]}, LABELS)["scarce"] == {"rows": 0}
 
 
-def test_size_classes_hold_the_institutions_of_their_powers_of_two() -> None:
-    sizes = summary({**TWO, "Gamma": by_counts(1, 0, 1)}, LABELS)["sizes"]
-    assert list(sizes) == ["16", "64"]  # 30 records; 100 and 64 records
-    assert [sizes[size]["institutions"] for size in sizes] == [1, 2]
-    assert [sizes[size]["rows"] for size in sizes] == [2, 10]
-    assert sizes["64"]["gain"] == pytest.approx((2 + 1) / 10)
-    assert sizes["64"]["low"] < sizes["64"]["gain"] < sizes["64"]["high"]
-
-
-def test_size_classes_count_who_gains_and_who_loses() -> None:
-    gaining, losing = by_counts(20, 0, 5), by_counts(0, 20, 5)
-    found = summary({"Alpha": gaining, "Beta": losing, "Gamma": gaining}, LABELS)
-    sizes = found["sizes"]
-    assert sum(of["gaining"] for of in sizes.values()) == found["gain"]["gaining"] == 2
-    assert sum(of["losing"] for of in sizes.values()) == found["gain"]["losing"] == 1
-
-
 def test_without_institutions_there_is_nothing_to_say() -> None:
     assert summary({}, LABELS) == {}
     assert comparison({}) is None and comparison({"joining": {"seconds": 1.0}}) is None
@@ -245,8 +226,6 @@ def test_an_institution_of_fewer_than_ten_texts_neither_gains_nor_loses(copies) 
     few = {"C": rows(9, own=0), "D": rows(9, own=1), "E": rows(1, own=0)}
     found = summary(many | few, LABELS)
     assert (found["gain"]["gaining"], found["gain"]["losing"]) == (1, 1)
-    (size,) = found["sizes"].values()
-    assert (size["gaining"], size["losing"]) == (1, 1)
     assert [found["institutions"][name]["texts"] for name in "ACE"] == [10, 9, 1]
     assert "(3 with fewer than 10 different held-out texts count as neither)" in verdict(found)
     assert "neither" not in verdict(summary(many, LABELS))
@@ -337,42 +316,6 @@ def printed(result, population=1) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
-
-
-def test_the_end_table_has_the_three_models_and_marks_a_loss() -> None:
-    text = printed({"joining": summary(TWO, LABELS)})
-    for said in ("alone", "shared", "own", "accuracy 0.7000", "gain of joining", "+10.0 points"):
-        assert said in text
-    # two size classes; two rows of scarce classes, on which own alone is right once
-    for said in (
-        *("with 16 to 31", "-50.0 points, without an interval: 2 different held-out texts"),
-        *("with 64 to 127", "+25.0 points, without an interval: 8 different held-out texts"),
-        *("shared over alone", "-20.0 points"),
-    ):
-        assert said in text
-    yellow, red, green = "\x1b[33m", "\x1b[1;31m", "\x1b[32m"
-    for counts, style in (((30, 5, 65), green), ((5, 5, 90), yellow), ((5, 30, 65), red)):
-        said = printed({"joining": summary({"A": by_counts(*counts)}, LABELS)})
-        assert f"{style}Joining" in said
-    assert "not compared" in printed({"joining": {"not_compared": {"Beta": "invalid-metrics"}}})
-
-
-def test_the_end_table_says_of_how_many_a_verdict_is_and_marks_no_void_or_costly_gain() -> None:
-    yellow, green = "\x1b[33m", "\x1b[32m"
-    gains = summary({"A": by_counts(30, 5, 65)}, LABELS)
-    assert "Compared were 1 of 4" in printed({"joining": gains}, population=4)
-    void = [{"name": "noise", "text": "too much", "voids": True}]
-    assert f"{yellow}Joining pays" in printed({"joining": gains, "findings": void})
-    assert f"{green}Joining pays" in printed({"joining": gains})
-    gains["gain_macro_f1"] |= {"low": -0.2, "high": -0.1, "classes_with_few_texts": 0}
-    assert f"{yellow}Joining pays" in printed({"joining": gains})
-
-
-def test_equal_rows_have_equal_intervals_wherever_they_stand() -> None:
-    found = summary({"A": by_counts(30, 5, 65)}, LABELS)
-    bounds = [(one["low"], one["high"]) for one in
-              (found["gain"], found["institutions"]["A"], *found["sizes"].values())]  # fmt: skip
-    assert len(bounds) == 3 and len(set(bounds)) == 1
 
 
 def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
@@ -468,54 +411,6 @@ def test_an_answer_of_another_institution_is_refused(beta, monkeypatch) -> None:
     assert list(found["institutions"]) == ["Beta"]
 
 
-def test_institutions_without_held_out_rows_are_named_and_their_models_must_not_leave(
-    tiny_config, simulate_run, complaints, tmp_path
-) -> None:
-    """Beta alone has rows to measure on; each of the four has an own model."""
-    head, *rows = complaints.read_text().splitlines()
-    measured = tmp_path / "measured.csv"
-    others = [row + " other" for row in rows if ",Beta," in row]
-    measured.write_text("\n".join([head, *(row.replace(",", " later,", 1) for row in others)]))
-    values = {"data.test-source": str(measured), "home.method": "fine-tune", "home.steps": 4}
-    config = tiny_config(**values)
-    found = simulate_run(config)["joining"]
-    missing = dict.fromkeys(["Alpha", "Delta", "Gamma"], "no-held-out-rows")
-    assert [*found["institutions"]] == ["Beta"] and found["not_compared"] == missing
-    run = Path(config.run_dir)
-    text = report.write(run).read_text()
-    assert "Compared were 1 of 4 institutions; 3 have no held-out rows." in text
-    nobody = {key: found[key] for key in ("method", "seconds", "not_compared")}
-    path = run / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"joining": nobody}))
-    text = report.write(run).read_text()
-    assert "No institution was compared" in text and "must not be passed on" in text
-    assert "Alpha (no-held-out-rows)" in text and "institutions.log" not in text
-    refused = printed({"joining": {"not_compared": {"Beta": "bad-configuration"}}})
-    assert "Beta (bad-configuration); institutions.log, or the output" in refused
-
-
-def test_an_institution_has_as_much_longer_at_home_as_its_work_is_more(beta, monkeypatch) -> None:
-    """A round's seconds ended training at home that a slow machine needs an hour for."""
-    config, population, _ = beta
-    config = config.replace({"home.steps": 120, "federation.timeout": 10.0})
-    rounds = config.training.local_steps * 0.25 * len(records.load(config).train(0))
-    batches = 2 * 2 * 120  # two models, each tried and trained
-    sent = []
-
-    def exchange(_grid, messages, patience):
-        sent.extend(message.metadata.ttl for message in messages)
-        assert patience > 9 * sent[0]
-        return iter(())
-
-    monkeypatch.setattr(answers, "exchange", exchange)
-    order = EvaluateOrder(run="a1", round=3, save=True, adapter=AdapterState({}))
-    nodes = dict(enumerate(population.names[:2]))
-    joining.measure(None, order, nodes, config, population)
-    assert sent == [pytest.approx(10.0 * batches * 32 / max(32, rounds), rel=0.05)] * 2
-    short = config.replace({"home.steps": 1, "home.batch-size": 1})
-    assert joining.seconds_at_home(short, [0, 1]) == 10.0
-
-
 def test_a_run_compares_the_models_and_each_institution_keeps_its_own(
     tiny_config, simulate_run
 ) -> None:
@@ -535,42 +430,6 @@ def test_a_run_compares_the_models_and_each_institution_keeps_its_own(
         assert list(AdapterState.open(own)) == list(AdapterState.open(run / "adapter"))
         assert of["shared"] == result["institutions"][name]
     assert json.dumps(result) and math.isfinite(found["seconds"])
-
-
-def test_a_verdict_names_the_macro_f1_where_its_interval_says_something_else():
-    figures = {
-        "gain": {"mean": 0.02, "low": 0.01, "high": 0.03, "gaining": 1, "losing": 0},
-        "gain_macro_f1": {"mean": -0.05, "low": -0.12, "high": 0.02, "classes_with_few_texts": 0},
-        "alone": {"accuracy": 0.80, "macro_f1": 0.75},
-        "own": {"accuracy": 0.82, "macro_f1": 0.70},
-        "institutions": {"Alpha": {"keeps_alone": False, "rows": 50}},
-    }
-    said = "own models reach 70.0 % and models alone 75.0 % (-5.0 points, 95 % interval -12.0 to"
-    assert verdict(figures).endswith(f"{said} +2.0).")  # not shown, while the accuracy's is
-    figures["gain_macro_f1"]["high"] = -0.01
-    assert verdict(figures).endswith(f"{said} -1.0).")
-    figures["gain_macro_f1"] |= {"mean": 0.05, "low": 0.01, "high": 0.09}
-    assert "macro-F1" not in verdict(figures)
-    figures["gain"]["low"] = -0.01
-    assert "In macro-F1" in verdict(figures)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.01, 0.09), (-0.2, -0.1), (-0.1, 0.1)])
-def test_a_verdict_draws_nothing_from_the_macro_f1_of_classes_with_few_texts(low, high) -> None:
-    figures = {
-        "gain": {"mean": 0.02, "low": -0.01, "high": 0.03, "gaining": 1, "losing": 0},
-        "gain_macro_f1": {"mean": 0.05, "low": low, "high": high, "classes_with_few_texts": 2},
-        "alone": {"accuracy": 0.80, "macro_f1": 0.75},
-        "own": {"accuracy": 0.82, "macro_f1": 0.70},
-        "institutions": {"Alpha": {"keeps_alone": False, "rows": 50}},
-    }
-    said = verdict(figures)
-    few = "2 classes have fewer than 8 different held-out texts"
-    assert said.endswith(f" Macro-F1 cannot tell: {few}.")
-    assert said.count("95 % interval") == 1  # that of the accuracy
-    assert macro_f1_gain(figures["gain_macro_f1"]) == f"+5.0 points, without an interval: {few}"
-    figures["gain_macro_f1"]["classes_with_few_texts"] = 1
-    assert "tell: 1 class has fewer" in verdict(figures)
 
 
 def test_classes_with_few_texts_are_counted_by_different_texts() -> None:

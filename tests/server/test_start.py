@@ -290,7 +290,7 @@ def test_an_institution_s_own_adapter_is_no_start_under_dp_on_the_same_records(
 ):
     first, own = tmp_path / "first", tmp_path / "first" / "institutions" / "Alpha" / "own"
     secure = {"privacy.noise": "secure", "federation.rounds": 1, "home.steps": 2}
-    before = tiny_config(**{**secure, "run-dir": str(first), "home.method": "fine-tune"})
+    before = tiny_config(**{**secure, "run-dir": str(first), "home.method": "interpolate"})
     simulate_run(before)
     (first / "config.toml").write_text(before.to_toml())
     made = trainable.load(before, records.load(before).labels)

@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import tomllib
 from pathlib import Path
 
 import pandas
@@ -86,7 +85,7 @@ def test_every_key_is_described_with_its_default():
         ("privacy.delta", 1.0, ["privacy.delta", "1", "below 1"]),
         ("adapter.method", "lorra", ["lorra", "lora", "did you mean 'lora'"]),
         ("adapter.methd", "lora", ["adapter.methd", "did you mean adapter.method"]),
-        ("epsilon", 3, ["epsilon is not", "did you mean privacy.epsilon or home.epsilon?"]),
+        ("epsilon", 3, ["epsilon is not", "did you mean privacy.epsilon?"]),
         ("rounds", 3, ["rounds is not", "did you mean federation.rounds?"]),
         ("training.batch-size", True, ["training.batch-size", "True", "whole number"]),
         ("seed", "x", ["seed", "'x'", "whole number below 2^63, at least 0"]),
@@ -140,60 +139,6 @@ def test_values_that_exclude_each_other_are_refused():
         config.from_flat({"federation.strategy": "svd", "privacy.institution-epsilon": 3.0})
     with pytest.raises(InputError, match=r"below privacy\.epsilon"):
         config.from_flat({"privacy.max-epsilon": 2.0})
-
-
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        (0.01, (0.01,)),
-        (1, (1.0,)),
-        ([0.01, 0.02], (0.01, 0.02)),
-        ("0.01", (0.01,)),
-        ("0.01, 0.02", (0.01, 0.02)),
-        ("[0.01, 0.02]", (0.01, 0.02)),
-    ],
-)
-def test_learning_rates_at_home_are_one_number_or_a_list(given, read):
-    made = config.from_flat({"home.learning-rate": given})
-    assert made.home.learning_rate == read
-    assert config.from_flat(made.flat()) == made
-    assert (
-        config.from_flat(
-            {"home.learning-rate": tomllib.loads(made.to_toml())["home"]["learning-rate"]}
-        )
-        == made
-    )
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ([], "home.learning-rate has 0 rates; give from 1 to 8"),
-        ([0.1] * 9, "home.learning-rate has 9 rates"),
-        ([0.1, 1e5], "home.learning-rate is 100000; it must be at most 10000"),
-        ([0.1, math.nan], "home.learning-rate is nan; it must be at least"),
-        ([0.1, math.inf], "home.learning-rate is inf; it must be finite"),
-        ("fast", "home.learning-rate is 'fast'; it must be a number"),
-        ([True], "home.learning-rate is True; it must be a number"),
-        ("[0.1", "home.learning-rate is '[0.1'; it must be a list of numbers, such as [0.1, 0.2]"),
-        ({"a": 1}, "home.learning-rate is {'a': 1}; it must be a list of numbers"),
-    ],
-)
-def test_bad_learning_rates_at_home_are_named(given, words):
-    with pytest.raises(InputError) as caught:
-        config.from_flat({"home.learning-rate": given})
-    assert words in str(caught.value)
-
-
-def test_own_models_under_dp_are_refused_where_their_promise_would_not_hold():
-    private = {"home.epsilon": 2.0}
-    assert config.from_flat(private).home.private
-    assert not config.from_flat({**private, "home.method": "none"}).home.private
-    with pytest.raises(InputError, match="a model that starts from it may too"):
-        config.from_flat({**private, "privacy.epsilon": math.inf})
-    deployed = {"data.source": "institutions", "data.institutions": 2, "data.labels": "a,b"}
-    with pytest.raises(InputError, match="with `fedlora home --epsilon`"):
-        config.from_flat({**private, **deployed})
 
 
 def test_instruction_tuning_trains_no_models_at_home_and_refuses_a_method():
@@ -274,7 +219,6 @@ def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
 def test_sections_made_in_python_have_their_types_and_name_what_is_none():
     assert config.DataConfig(source=Path("x.csv")).source == "x.csv"
     assert config.TrainingConfig(learning_rate="0.1").learning_rate == 0.1
-    assert config.HomeConfig(learning_rate=0.01).learning_rate == (0.01,)
     for make, words in (
         (
             lambda: config.FederationConfig(rounds=2.5),
@@ -373,28 +317,3 @@ def test_different_ranks_do_not_go_with_secure_aggregation():
 )
 def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chosen):
     assert HomeConfig(institutions=wished).chosen(of) == chosen
-
-
-@pytest.mark.parametrize(("rate", "private"), [(0.005, 0.0015), (1e-7, 1e-7)])
-def test_an_own_model_under_dp_takes_three_tenths_of_the_rate_and_never_too_small_a_one(
-    rate, private
-):
-    home = HomeConfig(learning_rate=(rate, 0.002))
-    assert home.private_learning_rate == pytest.approx(private, rel=1e-12)
-
-
-@pytest.mark.parametrize(("records", "trainings"), [(37, 1), (38, 1 + 1), (77, 1 + 1), (78, 2 + 1)])
-def test_the_work_at_home_counts_trials_where_there_are_records_to_choose_on(records, trainings):
-    home = HomeConfig(learning_rate=(0.002, 0.005))
-    steps = 120 if records >= 78 else 60
-    assert home.work(records, 0.25) == 2 * trainings * steps * min(32, records)
-
-
-def test_the_work_at_home_counts_an_own_model_under_dp_by_the_rate_of_the_run():
-    home = HomeConfig(epsilon=4.0)  # a trial and a training of the model alone, 120 steps of 32
-    assert home.work(2_546, 0.25) == 2 * 120 * 32 + 120 * 0.25 * 2_546
-
-
-def test_a_rate_at_home_is_named_once():
-    with pytest.raises(InputError, match=r"home\.learning-rate names 0\.005 twice; leave one out"):
-        HomeConfig(learning_rate=(0.005, 0.002, 0.005))

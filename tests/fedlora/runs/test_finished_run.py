@@ -167,7 +167,7 @@ def test_a_merged_classifier_and_an_adapter_answer_elsewhere_as_here_or_do_not_o
     assert said.keys() == {"auto", "peft"} and "opened" not in said.values(), said
 
 
-@pytest.mark.parametrize("method", ["interpolate", "dual"])
+@pytest.mark.parametrize("method", ["interpolate"])
 def test_an_own_model_answers_elsewhere_as_here_and_its_cards_say_that_it_must_not_leave(
     method, complaints, tiny_encoder, tmp_path
 ):
@@ -180,7 +180,6 @@ def test_an_own_model_answers_elsewhere_as_here_and_its_cards_say_that_it_must_n
             "federation.rounds": 2,
             "home.method": method,
             "home.steps": 12,
-            "home.learning-rate": 0.05,
         },
     )
     texts = texts_of(complaints)
