@@ -50,7 +50,7 @@ def ledger_show(
     if path.is_dir():
         _show_all(path, as_json=as_json)
         return
-    with Ledger.look(path) as opened:
+    with Ledger.open(path) as opened:
         shown = opened.show()
     if as_json:
         print(json.dumps(shown))
@@ -85,7 +85,7 @@ def _show_all(directory: Path, *, as_json: bool) -> None:
         raise InputError(f"{directory} has no ledger (*.db); give the directory of ledgers")
     shown: dict[str, dict[str, Any]] = {}
     for file in files:
-        with Ledger.look(file) as opened:
+        with Ledger.open(file) as opened:
             said = opened.show()
             entries = said.pop("entries")
             shown[file.stem] = {**said, "runs": len({e["run"] for e in entries})}
@@ -112,7 +112,7 @@ def ledger_verify(
 
     problems: list[str] = []
     try:
-        Ledger.look(path).close()  # opening verifies the whole ledger
+        Ledger.open(path).close()  # opening verifies the whole ledger
     except Refusal as refusal:
         if refusal.code != "ledger-corrupt":
             raise

@@ -173,7 +173,7 @@ def _held_out_from(own: Settings, config: RunConfig, run: str, rows: Shard) -> s
     if not config.privacy.enabled:
         return TEST_SOURCE
     try:
-        ledger = Ledger.look(own.ledger)
+        ledger = Ledger.open(own.ledger)
     except Refusal:
         return "no-ledger"
     with ledger:

@@ -401,7 +401,7 @@ class Institution:
             except InputError:
                 if not path.exists():  # otherwise another run made it meanwhile
                     raise
-        ledger = Ledger.open(path, shared=bool(self.config.engine.ray_address))
+        ledger = Ledger.open(path)
         with _closed_on_error(ledger):
             checks.check_ledger_delta(ledger, path, shard.num_units)
             if create and found:  # the first order binds it: the run may be refused before

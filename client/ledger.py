@@ -6,8 +6,8 @@ whenever the machine dies.
 
 Guaranteed: charges of any number of processes never add up to more than the limit, at the ledger's
 own delta, over all runs on these records. The guarantee is void after: an older copy of the file is
-put back; the file is separated from its ``-wal`` file, or that file is damaged; a second ledger is
-made for the same records; somebody writes to the file and computes its hashes anew.
+put back; the file is separated from its ``-journal``; a second ledger is made for the same records;
+somebody writes to the file and computes its seal anew.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ import os
 import sqlite3
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client import ledger_file, ledger_integrity
+from client import ledger_file
 from fedlora.config.sections import MIN_DELTA
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy import accounting, composition
 from fedlora.privacy.composition import Event, History
 from fedlora.privacy.streams import KEY_BYTES
+
+STORED_RUNS = 20
+"""Runs whose last answer stays: a server that begins many must not fill the institution's disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +60,9 @@ class Ledger:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
-        with ledger_file.refusing(path):
-            limits = connection.execute(
-                "SELECT max_epsilon, delta, accountant FROM ledger"
-            ).fetchone()
-        self.max_epsilon: float = limits[0]
-        self.delta: float = limits[1]
-        self.accountant: str = limits[2]
+        ((self.max_epsilon, self.delta, self.accountant),) = self._rows(
+            "SELECT max_epsilon, delta, accountant FROM ledger"
+        )
 
     @classmethod
     def create(
@@ -74,7 +74,8 @@ class Ledger:
             path: The new file, in a directory that exists.
             max_epsilon: The limit on epsilon of all runs together.
             delta: The delta of that limit; below 1 / records.
-            accountant: ``"prv"`` or ``"rdp"``.
+            accountant: ``"prv"``, or ``"rdp"``, whose limit also holds where a server chooses a
+                run's noise after it has seen another run.
 
         Raises:
             InputError: If a value is out of bounds, the file exists or cannot be written, or others
@@ -90,33 +91,20 @@ class Ledger:
         ledger_file.write(Path(path), max_epsilon=max_epsilon, delta=delta, accountant=accountant)
 
     @classmethod
-    def open(cls, path: Path | str, *, shared: bool = False) -> Ledger:
-        """Open a ledger to charge it, and check that nothing in it was altered or removed.
-
-        A ledger of an older version is checked as far as possible and upgraded.
+    def open(cls, path: Path | str) -> Ledger:
+        """Open a ledger, and check that nothing in it was altered or removed.
 
         Args:
-            path: The file.
-            shared: Whether processes of several machines open it.
+            path: The file; opening and reading leave it as it is.
 
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
-                directory), ``ledger-corrupt`` (damaged or altered), ``ledger-foreign`` (another
-                program's file), ``ledger-newer`` (of a newer version), ``ledger-locked`` (busy for
-                longer than half a minute) or ``ledger-unusable`` (not readable or not writable, or
-                SQLite is too old).
+                directory), ``ledger-corrupt`` (damaged or altered), ``ledger-foreign`` (a file of
+                another program or version), ``ledger-locked`` (busy for longer than half a minute)
+                or ``ledger-unusable`` (not readable or not writable).
         """
         path = Path(path)
-        return cls(ledger_file.connect(path, shared=shared), path)
-
-    @classmethod
-    def look(cls, path: Path | str) -> Ledger:
-        """Open a ledger to read it, with the checks and refusals of `open`.
-
-        The file stays as it is, also where it may only be read or is of an older version.
-        """
-        path = Path(path)
-        return cls(ledger_file.look(path), path)
+        return cls(ledger_file.connect(path), path)
 
     def __enter__(self) -> Ledger:
         return self
@@ -148,9 +136,7 @@ class Ledger:
         Raises:
             Refusal: ``ledger-foreign`` if it belongs to other records or another unit.
         """
-        query = "SELECT fingerprint, unit FROM ledger"
-        with ledger_file.refusing(self._path):
-            bound = self._connection.execute(query).fetchone()
+        (bound,) = self._rows("SELECT fingerprint, unit FROM ledger")
         if bound not in ((None, None), (fingerprint, unit)):
             raise Refusal(
                 "ledger-foreign",
@@ -158,8 +144,7 @@ class Ledger:
                 f"not {fingerprint[:12]} by {unit}: put back the records and the unit of the first "
                 "run on it, and whatever decides which of them are trained on (in a simulation "
                 "seed, data.test-source, data.test-fraction and data.max-records too), or see "
-                "'Other records' in docs/deployment.md; or an earlier fedlora chose the rows "
-                "otherwise: see 'Upgrade' there",
+                "'Other records' in docs/deployment.md",
             )
         return bound != (None, None)
 
@@ -170,7 +155,6 @@ class Ledger:
         round_number: int,
         order_digest: str,
         event: Event,
-        planned: Sequence[Event],
         max_steps_of_run: int,
         extra_events: Sequence[Event] = (),
         key: bytes | None = None,
@@ -195,8 +179,6 @@ class Ledger:
             order_digest: The digest of order, configuration and institution, which determine the
                 release.
             event: The round's steps.
-            planned: All events of the whole run, ``extra_events`` included. If they fit, rounds
-                within them are not evaluated one by one. They never forbid a charge.
             max_steps_of_run: The number of steps in the run's plan.
             extra_events: One-off releases of the run, such as its noised size. The run's first
                 charge covers them.
@@ -208,8 +190,8 @@ class Ledger:
                 releases than the run's first charge), ``budget-exhausted``, ``ledger-foreign`` (not
                 bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
-        with self._transaction(wipes=event.shares > 0) as db:
-            answer = ledger_file.answered(db, run_id, round_number, order_digest)
+        with self._transaction() as db:
+            answer = answered(db, run_id, round_number, order_digest)
             if answer is not None:
                 return Charge(key=b"", answer=answer)
             paid = db.execute(
@@ -222,41 +204,31 @@ class Ledger:
                 return Charge(key=paid[0], answer=None)
             if db.execute("SELECT fingerprint FROM ledger").fetchone() == (None,):
                 raise Refusal("ledger-foreign", f"{self._path} was never bound to records")
-            used, count = db.execute(
-                "SELECT coalesce(sum(steps), 0), count(*) FROM charges WHERE run = ?",
-                (run_id,),
-            ).fetchone()
+            used = self.steps_of(run_id)
             if used + event.steps > max_steps_of_run:
                 raise Refusal(
                     "participation-cap",
                     f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
                 )
-            ledger_file.check_same_run(db, run_id, event, extra_events)
-            if event.shares and ledger_file.charged(db, run_id, round_number):
-                raise Refusal(
-                    "round-already-answered",
-                    f"round {round_number} of run {run_id} was charged for another order or "
-                    "another institution; under secure aggregation one vector of the same records "
-                    "may be in a sum",
-                )
-            extra = () if count else tuple(extra_events)
-            self._check_budget(db, run_id, (event, *extra), planned)
-            fresh = os.urandom(KEY_BYTES) if key is None else key
-            ledger_file.append(db, run_id, round_number, order_digest, event, extra, fresh)
+            _check_same_run(db, run_id, event, extra_events)
             if event.shares:
-                ledger_file.wipe_keys(db, run_id, before=round_number)
+                _check_one_charge(db, run_id, round_number)
+                earlier = "UPDATE charges SET key = NULL WHERE run = ? AND round < ?"
+                db.execute(earlier, (run_id, round_number))
+            extra = () if used else tuple(extra_events)
+            self._check_budget(db, (event, *extra))
+            fresh = os.urandom(KEY_BYTES) if key is None else key
+            mechanism = dataclasses.astuple(event)
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            db.execute(
+                "INSERT INTO charges VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run_id, round_number, order_digest, *mechanism, _json(extra), at, fresh),
+            )
         return Charge(key=fresh, answer=None)
 
-    def _check_budget(
-        self, db: sqlite3.Connection, run: str, cost: Sequence[Event], planned: Sequence[Event]
-    ) -> None:
-        before, others = ledger_file.events(db), ledger_file.events(db, other_than=run)
-        with_cost = composition.compose((*before, *cost))
-        whole = composition.compose((*others, *planned))
-        # Epsilon grows with every step, so a part of a history that fits also fits.
-        if _within(with_cost, whole) and self._epsilon(whole) <= self.max_epsilon:
-            return
-        needed = self._epsilon(with_cost)
+    def _check_budget(self, db: sqlite3.Connection, cost: Sequence[Event]) -> None:
+        before = _events(db)
+        needed = self._epsilon((*before, *cost))
         if needed > self.max_epsilon:
             raise Refusal(
                 "budget-exhausted",
@@ -269,8 +241,8 @@ class Ledger:
     ) -> bytes:
         """Store a round's answer; what the method returns may be sent, and nothing else.
 
-        The same transaction wipes the round's key and drops the answers of the run's earlier
-        rounds.
+        The same transaction wipes the round's key and drops the answers of the run's earlier rounds
+        and of old runs: each opening of the ledger reads all.
 
         Returns:
             The answer, or the one that another process has stored for the same order: two that were
@@ -280,13 +252,25 @@ class Ledger:
             Refusal: ``round-already-answered`` to another order, or ``ledger-*``.
             ValueError: If the round was not charged.
         """
-        with self._transaction(wipes=True) as db:
-            stored = ledger_file.answered(db, run_id, round_number, order_digest)
+        place = (run_id, round_number)
+        with self._transaction() as db:
+            stored = answered(db, run_id, round_number, order_digest)
             if stored is not None:
                 return stored
-            if not ledger_file.charged(db, run_id, round_number, order_digest):
+            query = "SELECT 1 FROM charges WHERE (run, round, digest) = (?, ?, ?)"
+            if db.execute(query, (*place, order_digest)).fetchone() is None:
                 raise ValueError(f"round {round_number} of run {run_id} was never charged")
-            ledger_file.store_answer(db, run_id, round_number, order_digest, answer)
+            db.execute("UPDATE charges SET key = NULL WHERE (run, round) = (?, ?)", place)
+            db.execute("DELETE FROM answers WHERE run = ? AND round < ?", place)
+            db.execute(
+                "DELETE FROM answers WHERE run NOT IN "
+                "(SELECT run FROM charges GROUP BY run ORDER BY max(id) DESC LIMIT ?)",
+                (STORED_RUNS,),
+            )
+            db.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?)",
+                (*place, order_digest, answer, ledger_file.sha256(answer)),
+            )
             return answer
 
     def close_round(
@@ -307,11 +291,10 @@ class Ledger:
             Refusal: ``round-already-answered`` for another digest or other survivors,
                 ``round-not-charged``, or ``ledger-*``.
         """
-        values = (digest.hex(), json.dumps(list(survivors)))
-        with self._transaction(wipes=True) as db:
+        place, values = (run_id, round_number), (digest.hex(), json.dumps(list(survivors)))
+        with self._transaction() as db:
             closed = db.execute(
-                "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)",
-                (run_id, round_number),
+                "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)", place
             ).fetchone()
             if closed == values:
                 return
@@ -323,18 +306,18 @@ class Ledger:
                 )
             wiped = db.execute(
                 "UPDATE charges SET key = NULL WHERE (run, round) = (?, ?) AND key IS NOT NULL",
-                (run_id, round_number),
+                place,
             ).rowcount
             if not wiped:
                 raise Refusal(
                     "round-not-charged", f"round {round_number} of run {run_id} has no open charge"
                 )
-            db.execute("INSERT INTO closed VALUES (?, ?, ?, ?)", (run_id, round_number, *values))
+            db.execute("INSERT INTO closed VALUES (?, ?, ?, ?)", (*place, *values))
 
     def end_run(self, run_id: str) -> None:
         """Wipe all keys of a run that has ended: none of its rounds can be made again."""
-        with self._transaction(wipes=True) as db:
-            ledger_file.wipe_keys(db, run_id)
+        with self._transaction() as db:
+            db.execute("UPDATE charges SET key = NULL WHERE run = ?", (run_id,))
 
     def noised_size_of_run(self, run_id: str, noised: float) -> float:
         """Store a run's noised size; later calls change nothing.
@@ -353,19 +336,16 @@ class Ledger:
     def history(self, run_id: str | None = None) -> History:
         """All charged events, of all runs or of one, in canonical form."""
         with ledger_file.refusing(self._path):
-            return ledger_file.events(self._connection, only=run_id)
+            return _events(self._connection, run_id)
 
     def steps_of(self, run_id: str) -> int:
         """The steps that a run was charged for, without one-off releases."""
-        with ledger_file.refusing(self._path):
-            query = "SELECT coalesce(sum(steps), 0) FROM charges WHERE run = ?"
-            return self._connection.execute(query, (run_id,)).fetchone()[0]
+        query = "SELECT coalesce(sum(steps), 0) FROM charges WHERE run = ?"
+        return self._rows(query, run_id)[0][0]
 
     def runs(self) -> tuple[str, ...]:
         """The identities of all charged runs, sorted."""
-        with ledger_file.refusing(self._path):
-            rows = self._connection.execute("SELECT DISTINCT run FROM charges ORDER BY run")
-            return tuple(row[0] for row in rows)
+        return tuple(run for (run,) in self._rows("SELECT DISTINCT run FROM charges ORDER BY run"))
 
     def spent(self) -> float:
         """Epsilon of all charges, at the ledger's delta."""
@@ -386,15 +366,13 @@ class Ledger:
 
     def show(self) -> dict[str, Any]:
         """The ledger as plain values, ready for JSON."""
-        with ledger_file.refusing(self._path):
-            fingerprint, unit = self._connection.execute(
-                "SELECT fingerprint, unit FROM ledger"
-            ).fetchone()
-            rows = self._connection.execute(
-                f"SELECT {ledger_integrity.COLUMNS}, key IS NULL AND (shares = 0 OR EXISTS ("
-                "SELECT 1 FROM closed WHERE (closed.run, closed.round) = (charges.run, "
-                "charges.round))) FROM charges ORDER BY id"
-            ).fetchall()
+        ((fingerprint, unit),) = self._rows("SELECT fingerprint, unit FROM ledger")
+        rows = self._rows(
+            "SELECT run, round, noise_multiplier, sample_rate, steps, shares, extra, at, "
+            "key IS NULL AND (shares = 0 OR (run, round) IN (SELECT run, round FROM closed)) "
+            "FROM charges ORDER BY id"
+        )
+        names = ("run", "round", *(field.name for field in dataclasses.fields(Event)))
         spent, alone = self.spent(), self.spent_alone()
         return {
             "epsilon": spent,
@@ -406,42 +384,101 @@ class Ledger:
             "unit": unit,
             "fingerprint": fingerprint,
             "entries": [
-                {
-                    "run": run,
-                    "round": number,
-                    "noise_multiplier": sigma,
-                    "sample_rate": rate,
-                    "steps": steps,
-                    "shares": shares,
-                    "extra": json.loads(extra),
-                    "at": at,
-                    "answered": bool(answered),
-                }
-                for _, run, number, _, sigma, rate, steps, extra, at, shares, answered in rows
+                dict(zip(names, row, strict=True))
+                | {"extra": json.loads(extra), "at": at, "answered": bool(answered)}
+                for *row, extra, at, answered in rows
             ],
         }
 
     def _epsilon(self, events: Sequence[Event]) -> float:
         return composition.epsilon(events, self.delta, self.accountant)
 
-    @contextlib.contextmanager
-    def _transaction(self, *, wipes: bool = False) -> Generator[sqlite3.Connection]:
-        """One transaction under the seal; ``wipes`` for one that wipes keys."""
-        db = self._connection
+    def _rows(self, query: str, *values: object) -> list[Any]:
         with ledger_file.refusing(self._path):
-            with ledger_file.transaction(db):
-                ledger_file.refuse(self._path, ledger_integrity.broken_seal(db))
-                yield db
-                ledger_integrity.seal(db)
-            if wipes:
-                ledger_file.empty_log(db)
+            return self._connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        """One transaction under the seal."""
+        db = self._connection
+        with ledger_file.refusing(self._path), ledger_file.transaction(db):
+            ledger_file.check_seal(db, self._path)
+            yield db
+            ledger_file.seal(db)
 
 
-def _within(part: History, whole: History) -> bool:
-    """Whether every mechanism of one canonical history has at least as many steps in the other."""
+def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
+    """The stored answer to this order, or None if the round has no answer yet.
 
-    def mechanism(event: Event) -> tuple[float, float, int]:
-        return event.noise_multiplier, event.sample_rate, event.shares
+    Raises:
+        Refusal: ``round-already-answered``: to another order, its answer gone, its sum unmasked, or
+            the round given up.
+    """
+    stored = db.execute(
+        "SELECT answer FROM answers WHERE (run, round, digest) = (?, ?, ?)", (run, number, digest)
+    ).fetchone()
+    if stored is not None:
+        return stored[0]
+    wiped = db.execute(
+        "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, number)
+    ).fetchone()
+    if wiped:
+        raise Refusal(
+            "round-already-answered",
+            f"round {number} of run {run} was answered to another order, or its answer dropped "
+            "after a later round, or, under secure aggregation, its sum unmasked or given up",
+        )
+    return None
 
-    steps = {mechanism(e): e.steps for e in whole}
-    return all(e.steps <= steps.get(mechanism(e), 0) for e in part)
+
+def _check_one_charge(db: sqlite3.Connection, run: str, number: int) -> None:
+    """Refuse a second charge of a round under secure aggregation."""
+    query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?)"
+    if db.execute(query, (run, number)).fetchone():
+        raise Refusal(
+            "round-already-answered",
+            f"round {number} of run {run} was charged for another order or another institution; "
+            "under secure aggregation one vector of the same records may be in a sum",
+        )
+
+
+def _check_same_run(
+    db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
+) -> None:
+    """Refuse a charge whose mechanism or one-off releases differ from the run's first charge.
+
+    A server that changes them between rounds could obtain a one-off release without a charge, or
+    choose the next noise after the last answer, which numerical composition does not cover.
+    """
+    first = db.execute(
+        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges "
+        "WHERE run = ? ORDER BY id LIMIT 1",
+        (run,),
+    ).fetchone()
+    wanted = (*dataclasses.astuple(event), _json(extra_events))
+    if first not in (None, wanted):
+        raise Refusal(
+            "run-changed",
+            f"run {run} began with (noise, rate, steps, shares, one-off releases) {first} "
+            f"and now asks for {wanted}",
+        )
+
+
+def _events(db: sqlite3.Connection, run: str | None = None) -> History:
+    """The charged events of all runs or of one, in canonical form."""
+    # Charges of one run are alike, so that a ledger of many rounds has few groups to read.
+    rows = db.execute(
+        "SELECT count(*), noise_multiplier, sample_rate, steps, shares, extra FROM charges"
+        " WHERE run = coalesce(?, run)"
+        " GROUP BY noise_multiplier, sample_rate, steps, shares, extra",
+        (run,),
+    )
+    parts = [(n, part) for n, *main, extra in rows for part in (main, *json.loads(extra))]
+    return composition.compose(
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=n * steps, shares=sum(shares))
+        for n, (sigma, rate, steps, *shares) in parts  # a one-off release has none
+    )
+
+
+def _json(extra: Sequence[Event]) -> str:
+    return json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra])

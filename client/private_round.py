@@ -101,7 +101,6 @@ class PrivateRound:
             round_number=self.order.round,
             order_digest=self.digest,
             event=self.plan.round_event,
-            planned=self.plan.events,
             max_steps_of_run=self.plan.max_steps,
             key=seeded,
             extra_events=self.plan.size_events,

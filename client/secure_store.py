@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ MAX_UNUSED = 20
 """The most runs that were set up and have no masked vector, which a charge comes before: a server
 may ask for any number of them."""
 _APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
-_VERSION = 1
+_VERSION = 2
+_STORE = "secure-store"
 _SCHEMA = """
 CREATE TABLE runs (
     run TEXT PRIMARY KEY, terms BLOB NOT NULL,
@@ -37,22 +37,22 @@ CREATE TABLE runs (
     sealed BLOB,            -- the answer to it
     delivered INTEGER NOT NULL DEFAULT 0,  -- whether shares of the others arrived
     ended INTEGER NOT NULL DEFAULT 0
-) STRICT;
+);
 CREATE TABLE secrets (
     run TEXT NOT NULL, round INTEGER NOT NULL, mask BLOB NOT NULL, seed BLOB NOT NULL,
     PRIMARY KEY (run, round)
-) STRICT;
+);
 CREATE TABLE shares (
     run TEXT NOT NULL, round INTEGER NOT NULL, dealer TEXT NOT NULL,
     mask BLOB NOT NULL, seed BLOB NOT NULL,
     PRIMARY KEY (run, round, dealer)
-) STRICT;
+);
 CREATE TABLE rounds (
     run TEXT NOT NULL, round INTEGER NOT NULL, digest BLOB NOT NULL,
     masked BLOB,            -- the masked vector; empty once it is of no use
     list BLOB, signature BLOB,
     PRIMARY KEY (run, round)
-) STRICT;
+);
 """
 
 
@@ -91,46 +91,25 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
     """Open the store, make it if it does not exist, and run a block as one transaction.
 
     Raises:
-        Refusal: ``secure-store-exposed``, ``-foreign``, ``-newer``, ``-locked``, ``-corrupt`` or
-            ``-unusable``; the block's own error otherwise.
+        Refusal: ``secure-store-exposed``, ``-foreign``, ``-locked``, ``-corrupt`` or ``-unusable``;
+            the block's own error otherwise.
     """
-    with ledger_file.refusing(path, "secure-store"):
-        if old := ledger_file.too_old():
-            raise Refusal("secure-store-unusable", old)
+    with ledger_file.refusing(path, _STORE):
         if exposed := files.exposed(path):
-            raise Refusal("secure-store-exposed", exposed)
+            raise Refusal(f"{_STORE}-exposed", exposed)
         if not path.exists():
-            _create(path)
-        uri = f"{path.absolute().as_uri()}?mode=rw"
-        db = sqlite3.connect(uri, uri=True, timeout=ledger_file.BUSY_SECONDS, isolation_level=None)
-        with contextlib.closing(db):
-            ledger_file.form(
-                db, path, application=_APPLICATION, newest=_VERSION, store="secure-store"
-            )
-            db.execute("PRAGMA synchronous=EXTRA")  # the journal stays deleted after a power cut
-            db.execute("PRAGMA secure_delete=ON")
-            db.execute("PRAGMA journal_mode=DELETE")  # an older version made the store with WAL
-            with ledger_file.transaction(db):
-                if (problem := db.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
-                    raise Refusal("secure-store-corrupt", f"{path}: {problem}")
-                # an older version kept the key where a share did not open
-                db.execute("UPDATE runs SET channel = NULL WHERE delivered AND channel IS NOT NULL")
-                yield db
-
-
-def _create(path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".secure-", dir=path.parent) as scratch:
-        draft = Path(scratch) / "secure.db"
-        draft.touch(mode=0o600)
-        with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous=OFF")  # the draft is private, and synced once below
-            db.executescript(_SCHEMA)
-            db.execute(f"PRAGMA application_id={_APPLICATION}")
-            db.execute(f"PRAGMA user_version={_VERSION}")
-        files.sync(draft)
-        with contextlib.suppress(FileExistsError):  # another process made it meanwhile
-            path.hardlink_to(draft)
-    files.sync(path.parent)
+            with (
+                contextlib.suppress(FileExistsError),  # another process made it meanwhile
+                ledger_file.new(path, _SCHEMA, application=_APPLICATION, version=_VERSION),
+            ):
+                pass
+        marks = {"application": _APPLICATION, "version": _VERSION}
+        with (
+            contextlib.closing(ledger_file.opened(path, **marks, store=_STORE)) as db,
+            ledger_file.transaction(db),
+        ):
+            ledger_file.check_pages(db, path, _STORE)
+            yield db
 
 
 def run(db: sqlite3.Connection, run: str) -> StoredRun | None:

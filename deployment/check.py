@@ -483,7 +483,7 @@ def _ledger(own: "Settings") -> Check:
 
     path = Path(own.ledger)
     try:
-        with Ledger.look(path) as ledger:
+        with Ledger.open(path) as ledger:
             shown, accountant = ledger.show(), ledger.accountant
             _fits_records(own, ledger)
     except Refusal as refusal:

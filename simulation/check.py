@@ -198,7 +198,7 @@ def _ledgers(
                 described[name] = {"fits": False, "problem": exposed}
             continue
         try:
-            with Ledger.look(path) as ledger:
+            with Ledger.open(path) as ledger:
                 check_ledger_delta(ledger, path, units)
                 ledger.is_bound(shard.fingerprint, config.privacy.unit)
                 shown = ledger.show()

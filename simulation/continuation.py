@@ -74,7 +74,7 @@ def _check_charges(run_dir: Path, config: RunConfig, run: str) -> None:
             own = said["institutions"].get(name, {}).get("institution_says", {})
             # those of privacy.json are of orders, which an institution may have refused
             least = own.get("steps", 0 if name in without_report else max(steps[name], 1))
-            with Ledger.look(path) as ledger:
+            with Ledger.open(path) as ledger:
                 charged = ledger.steps_of(run)
             if charged >= least:
                 continue

@@ -250,7 +250,6 @@ def test_a_ledger_that_trusts_the_server_s_choice_of_noise_is_warned_of(institut
             round_number=1,
             order_digest="x",
             event=Event(noise_multiplier=2.0, sample_rate=0.1, steps=1),
-            planned=(),
             max_steps_of_run=1,
         )
     found = _as(check.institution(institution), "ledger")
@@ -268,15 +267,11 @@ def test_a_ledger_that_others_may_read_is_refused_as_of_a_copy_that_was_put_back
     assert found.outcome == "fail" and "may be used by others" in found.details
 
 
-def test_a_check_upgrades_no_ledger_and_names_an_old_sqlite(institution, gateway, monkeypatch):
+def test_a_check_leaves_a_ledger_as_it_is(institution, gateway):
     ledger = institution.parents[1] / "ledger" / "ledger.db"
-    monkeypatch.setattr(Ledger, "open", None)
     whole = ledger.read_bytes()
     assert _as(check.institution(institution), "ledger").outcome == "ok"
     assert ledger.read_bytes() == whole
-    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 34, 1))
-    found = _as(check.institution(institution), "ledger")
-    assert found.outcome == "fail" and "3.37 or newer" in found.details
 
 
 def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, tmp_path):
@@ -410,7 +405,6 @@ def test_an_institution_erases_the_secrets_of_a_run_that_ended_without_it(pinned
             round_number=1,
             order_digest="order",
             event=event,
-            planned=(),
             max_steps_of_run=1,
         ).key
         spent = ledger.history()

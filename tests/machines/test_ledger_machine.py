@@ -53,14 +53,13 @@ LIMIT = _spent([EVENTS["a"]] * 3 + [EVENTS["b"], SIZE]) * 1.001
 
 @dataclass(frozen=True)
 class Charging:
-    """`Ledger.charge` of a round; ``planned`` says whether the whole run is given."""
+    """`Ledger.charge` of a round."""
 
     run: str
     round: int
     digest: str
     like: str
     sized: bool
-    planned: bool
 
     @property
     def extra(self) -> tuple[Event, ...]:
@@ -68,13 +67,11 @@ class Charging:
 
     def on(self, ledger: Ledger) -> Any:
         event = EVENTS[self.like]
-        whole = dataclasses.replace(event, steps=MAX_STEPS)
         charge = ledger.charge(
             run_id=self.run,
             round_number=self.round,
             order_digest=self.digest,
             event=event,
-            planned=(whole, *self.extra) if self.planned else (),
             max_steps_of_run=MAX_STEPS,
             extra_events=self.extra,
         )
@@ -244,19 +241,23 @@ def reachable(book: Book, pasts: Sequence[Past]) -> Iterator[Book]:
 
 
 def perform(path: Path, operations: Sequence[Operation], report: Report) -> None:
-    """A process at work: what each operation returned and how long the journal is then."""
+    """A process at work: what each operation returned."""
     with Ledger.open(path) as ledger:
         for operation in operations:
             try:
                 said = operation.on(ledger)
             except Refusal as refusal:
                 said = refusal.code
-            report((said, _journal(path)))
+            report(said)
 
 
-def _journal(path: Path) -> int:
-    wal = path.with_name(f"{path.name}-wal")
-    return wal.stat().st_size if wal.exists() else 0
+def _lose(path: Path, share: float) -> None:
+    """Lose the end of a journal that was not synced, as the end of a machine does."""
+    journal = path.with_name(f"{path.name}-journal")
+    if journal.exists():
+        with journal.open("r+b") as file:
+            if not any(file.read(12)[8:]):  # SQLite writes the number of records once they are
+                file.truncate(int(share * journal.stat().st_size))
 
 
 runs, rounds, digests = st.sampled_from("ab"), st.integers(1, 3), st.sampled_from("xy")
@@ -268,7 +269,7 @@ def charging(draw: st.DrawFn) -> Charging:
     run = draw(runs)
     like = {"a": "b", "b": "a"}[run] if draw(seldom) else run
     sized = (run == "b") != draw(seldom)
-    return Charging(run, draw(rounds), draw(digests), like, sized, draw(st.booleans()))
+    return Charging(run, draw(rounds), draw(digests), like, sized)
 
 
 storing = st.builds(Storing, runs, rounds, digests, st.sampled_from([b"first", b"second"]))
@@ -321,14 +322,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def one_process(self, operations: list[Operation], cut: Cut | None, lost: float | None) -> None:
         """One process, which may die; with ``lost`` the machine dies with it.
 
-        A machine's end loses that part of the journal's unsynced end.
+        A machine's end loses a part of the journal that was not synced.
         """
-        synced = _journal(self.path)
         reports, killed = live(lambda report: perform(self.path, operations, report), cut)
-        synced = max([synced, *(size for _, size in reports)])
-        if killed and lost is not None and (whole := _journal(self.path)) > synced:
-            with self.path.with_name(f"{self.path.name}-wal").open("r+b") as wal:
-                wal.truncate(synced + int(lost * (whole - synced)))
+        if killed and lost is not None:
+            _lose(self.path, lost)
         self._settle([_past(operations, reports, killed)])
 
     @rule(one=operations, other=operations, cut=cuts)
@@ -392,9 +390,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def _past(operations: Sequence[Operation], reports: Sequence[Any], killed: bool) -> Past:
-    done = tuple(
-        (operation, said) for operation, (said, _) in zip(operations, reports, strict=False)
-    )
+    done = tuple(zip(operations, reports, strict=False))
     next_one = operations[len(done)] if killed and len(done) < len(operations) else None
     return Past(done, next_one)
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from client import checks, ledger_file, ledger_integrity, private_round
+from client import checks, ledger, ledger_file, private_round
 from client.ledger import Ledger
 from fedlora.wire.messages import TrainOrder
 from server import replies, run_directory
@@ -23,10 +23,10 @@ pytestmark = [
 
 def test_a_charge_in_pieces_is_found(monkeypatch):
     @contextlib.contextmanager
-    def in_pieces(ledger, *, wipes=False):
+    def in_pieces(ledger):
         with ledger_file.refusing(ledger._path):
             yield ledger._connection  # each statement by itself
-            ledger_integrity.seal(ledger._connection)
+            ledger_file.seal(ledger._connection)
 
     monkeypatch.setattr(Ledger, "_transaction", in_pieces)
     finds(LedgerMachine)
@@ -43,7 +43,7 @@ def test_an_answer_to_any_order_of_its_round_is_found(monkeypatch):
         found = row.fetchone()
         return found and found[0]
 
-    monkeypatch.setattr(ledger_file, "answered", answered)
+    monkeypatch.setattr(ledger, "answered", answered)
     finds(LedgerMachine)
 
 
