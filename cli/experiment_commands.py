@@ -1,4 +1,4 @@
-"""``fedlora sweep | audit | report | compare | plan``: experiments with privacy budgets."""
+"""``fedlora sweep | audit | report | plan``: experiments with privacy budgets."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich import box
-from rich.table import Column, Table
+from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
 from experiments import ready
@@ -106,30 +106,6 @@ def write_report(
         print(json.dumps({"report": str(path)}))
     else:
         Terminal().write_line(str(path))
-
-
-@app.command("compare")
-@clean_errors
-def compare_runs(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more complete runs.")],
-    out: Annotated[Path, typer.Option(help="The page with figures.")] = Path("compare.html"),
-    as_json: Json = False,
-) -> None:
-    """Compare runs: settings, accuracy, privacy, seconds, bytes."""
-    require_page_packages("fedlora compare")
-    from experiments import compare
-
-    compared = compare.write(runs, out)
-    if as_json:
-        print(json.dumps(compared))
-        return
-    heads = ["", *compared["runs"]]
-    table = Table(*(Column(head, overflow="fold") for head in heads))
-    for row in compare.rows(compared):
-        table.add_row(*row)
-    console = Terminal()
-    console.print(table)
-    console.write_line(f"page           {out}")
 
 
 @app.command()

@@ -19,27 +19,24 @@ from typer.core import TyperGroup
 
 import fedlora
 from fedlora import logs
+from fedlora.config import gone
 from fedlora.startup import quiet_libraries
+from fedlora.terminal import ERRORS
 
 COMMANDS = {
     "init": "cli.check_commands",
     "check": "cli.check_commands",
     "run": "cli.simulation_commands",
-    "watch": "cli.simulation_commands",
     "sweep": "cli.experiment_commands",
     "report": "cli.experiment_commands",
     "verify": "cli.verify_command",
-    "compare": "cli.experiment_commands",
     "evaluate": "cli.simulation_commands",
     "predict": "cli.simulation_commands",
     "merge": "cli.simulation_commands",
-    "export": "cli.simulation_commands",
-    "push": "cli.simulation_commands",
     "config": "cli.simulation_commands",
     "plan": "cli.experiment_commands",
     "audit": "cli.experiment_commands",
     "ledger": "cli.ledger_commands",
-    "cache": "cli.cache_command",
     "service": "deployment.cli",
     "node": "deployment.cli",
     "home": "cli.home_command",
@@ -57,7 +54,10 @@ class Commands(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Load a command, or return None for an unknown name."""
+        """Load a command, or return None for an unknown name; one that is gone ends the process."""
+        if cmd_name in gone.COMMANDS:
+            ERRORS.write_line(f"error: {cmd_name} is gone; {gone.COMMANDS[cmd_name]}")
+            raise typer.Exit(2)
         if cmd_name not in COMMANDS:
             return None
         room: typer.Typer = importlib.import_module(COMMANDS[cmd_name]).app

@@ -1,8 +1,6 @@
-"""A simulated run and its adapter: run, watch, evaluate, predict, merge, export, push, config."""
+"""A simulated run and its adapter: run, evaluate, predict, merge, config."""
 
-import contextlib
 import json
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,16 +53,7 @@ def run(
     ] = "ray",
     ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
-    rounds: Annotated[
-        str, typer.Option(help="+N: after the complete run of --resume, N rounds as a new run.")
-    ] = "",
-    max_epsilon: Annotated[
-        float | None, typer.Option(help="Lifetime limit of ledgers that this simulation creates.")
-    ] = None,
     accept: Accept = None,
-    serve: Annotated[
-        bool, typer.Option("--serve", help="Show the run in the browser of this machine.")
-    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
@@ -72,14 +61,6 @@ def run(
     overrides: dict[str, Any] = dict(parse_overrides(assign or []))
     if ray_address:
         overrides["engine.ray-address"] = ray_address
-    if max_epsilon is not None:
-        if not max_epsilon > 0:
-            raise InputError(
-                f"--max-epsilon is {max_epsilon:g}; it must be above 0 (left out: the run's own)"
-            )
-        overrides["privacy.max-epsilon"] = max_epsilon
-    if rounds:
-        config, overrides, out, resume = _continuation(rounds, config, overrides, out, resume)
     resolved = _resolve(config, overrides, out, resume, accept or [])
     console = Terminal(quiet=quiet or as_json)
     if not resolved.privacy.enabled:
@@ -92,44 +73,14 @@ def run(
     from simulation import progress
     from simulation.run import simulate
 
-    with contextlib.ExitStack() as stack:
-        if serve:
-            from experiments import live
-
-            address = stack.enter_context(live.serving(Path(resolved.run_dir)))
-            ERRORS.write_line(f"live page: {address}")
-        with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
-            result = simulate(resolved, engine, console)
-        draw_report(Path(resolved.run_dir))
+    with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
+        result = simulate(resolved, engine, console)
+    draw_report(Path(resolved.run_dir))
     tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
     if as_json:
         print(json.dumps(result))
     elif not quiet:
         progress.summary(resolved, result, console)
-
-
-def _continuation(
-    rounds: str, config: Path | None, overrides: dict[str, Any], out: Path | None, run: Path | None
-) -> tuple[Path, dict[str, Any], Path, None]:
-    """The arguments of `_resolve` for a new run of more rounds after a complete one."""
-    more = rounds.removeprefix("+")
-    if more == rounds or not more.isdecimal() or not 0 < len(more) < 9 or not int(more):
-        raise InputError(
-            f"--rounds is {rounds!r}; give +N for N more rounds after the complete run of --resume "
-            "(a new run takes --set federation.rounds=N)"
-        )
-    if run is None or config is not None:
-        raise InputError(
-            "--rounds continues a complete run; give --resume RUN_DIR, and no configuration"
-        )
-    if fixed := {"federation.rounds", "adapter.start", "privacy.ledger"} & overrides.keys():
-        raise InputError(f"--set has {min(fixed)}, which --rounds decides; drop one of them")
-    from simulation import continuation
-
-    run = run.resolve()
-    values = continuation.values(run, int(more)) | overrides
-    place = out or run.with_name(f"{run.name}-plus-{more}")
-    return run / CONFIG, values, place, None
 
 
 def _check_run(run_dir: Path) -> None:
@@ -167,20 +118,6 @@ def _resolve(
     from simulation.place import placed
 
     return placed(loaded, chosen, resume=resume is not None)
-
-
-@app.command()
-@clean_errors
-def watch(
-    run_dir: Annotated[Path, typer.Argument(help="A run directory, such as runs/latest.")],
-) -> None:
-    """Show a run in the browser of this machine, while it runs or after it; Ctrl-C ends it."""
-    from experiments import live
-
-    _check_run(run_dir)
-    with live.serving(run_dir.resolve()) as address, contextlib.suppress(KeyboardInterrupt):
-        Terminal().write_line(f"live page: {address} (Ctrl-C ends it)")
-        threading.Event().wait()
 
 
 @app.command()
@@ -310,64 +247,6 @@ def merge(
     overrides = parse_overrides(assign or [])
     finished_run.merge(run_dir, out_dir, institution, overrides, own_model=own)
     Terminal().write_line(f"merged model in {out_dir}")
-
-
-@app.command()
-@clean_errors
-def export(
-    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    out: Annotated[
-        Path, typer.Argument(help="Directory (gguf: file) of the adapter; it must not exist.")
-    ],
-    layout: Annotated[
-        Literal["vllm", "gguf"], typer.Option("--format", help="For vLLM, or for llama.cpp.")
-    ] = "vllm",
-    llama_cpp: Annotated[
-        Path | None, typer.Option(help="For gguf: a checkout of llama.cpp, whose converter is run.")
-    ] = None,
-    institution: Institution = "",
-) -> None:
-    """Write a causal model's adapter in the layout of another program, and how to serve it.
-
-    OUT becomes a directory for vLLM, and a file for llama.cpp.
-    """
-    from fedlora.models import export as layouts
-
-    more: Sequence[str] = ()
-    if layout == "gguf":
-        command, python, base = layouts.gguf(run_dir, out, llama_cpp, institution)
-        more = (f"in Python: {python}", f"the base model's file, made once: {base}")
-    elif llama_cpp is not None:
-        raise InputError("--llama-cpp is for --format gguf; leave it out")
-    else:
-        command = layouts.vllm(run_dir, out, institution)
-    Terminal().write_line(f"adapter in {out}; serve it with: {command}")
-    for line in more:
-        Terminal().write_line(line)
-
-
-@app.command()
-@clean_errors
-def push(
-    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the hub: OWNER/NAME.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository that everybody can read.")
-    ] = False,
-    unprotected: Annotated[
-        bool,
-        typer.Option(
-            "--unprotected", help="Upload although records may be revealed, or the result is void."
-        ),
-    ] = False,
-) -> None:
-    """Upload a run's adapter directory and privacy.json to the Hugging Face Hub.
-
-    A new repository is private. The login is that of `hf auth login`, or HF_TOKEN.
-    """
-    from fedlora.runs import hub_upload
-
-    Terminal().write_line(hub_upload.push(run_dir, repo, public=public, unprotected=unprotected))
 
 
 @app.command("config")

@@ -406,8 +406,7 @@ def _check_ledgers(config: RunConfig, earlier: RunConfig, run_dir: Path, same: s
             f"{start}, and {run_dir} spent on {same}: privacy.ledger is "
             f"{given or 'not set'}, so this run's epsilon would leave that out; set "
             f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
-            "the first run's privacy.max-epsilon), or use fedlora run --resume "
-            f"{run_dir} --rounds +N"
+            "the first run's privacy.max-epsilon)"
         )
     for name in _spenders(run_dir):
         if not (ledgers / f"{name}.db").is_file():

@@ -24,15 +24,14 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
     """
     directory = expanded(str(directory))
     if not resume and (directory / CONFIG).exists():
-        more = " --rounds +N" * is_complete(directory)
         raise InputError(
             f"{directory} holds another run; give another directory (--out, in Python out=...), or "
-            f"continue that one with `fedlora run --resume {directory}{more}`"
+            f"continue that one with `fedlora run --resume {directory}`"
         )
     if resume and is_complete(directory):
         raise InputError(
-            f"{directory} is complete; there is nothing to resume (see its result.json). "
-            "--rounds +N trains N more rounds as a new run"
+            f"{directory} is complete; there is nothing to resume (see its result.json); "
+            f"a new run with adapter.start = {directory} goes on from its adapter"
         )
     values = {"run-dir": str(directory.absolute())}
     if config.privacy.ledger:

@@ -8,5 +8,11 @@ KEYS: dict[str, str] = {
     "home.epsilon": "models at home have no DP and stay at the institution",
 }
 """A key that was removed -> what to use, the end of the sentence "KEY is gone; ..."."""
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "cache": "the texts of records wait in ~/.cache/fedlora (or $FEDLORA_CACHE); remove it by hand",
+    "compare": "put the runs into a sweep, whose report compares them, or read their result.json",
+    "export": "vLLM reads RUN_DIR/adapter as it is; docs/files.md says how llama.cpp takes it",
+    "push": "upload the adapter: hf upload OWNER/NAME RUN_DIR/adapter",
+    "watch": "open RUN_DIR/report.html",
+}
 """A command that was removed -> what to use, the end of the sentence "COMMAND is gone; ..."."""

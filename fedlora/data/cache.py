@@ -120,16 +120,6 @@ def expire(base: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def clear(base: Path) -> None:
-    """Remove all cache entries. Processes that have one mapped keep it until they end.
-
-    Raises:
-        OSError: If one cannot be removed.
-    """
-    for entry in entries(base):
-        shutil.rmtree(entry.path)
-
-
 def evict(base: Path) -> None:
     """Remove all cache entries but the corpus and the partition that were opened last."""
     whole = [entry.path for entry in entries(base) if (entry.path / "checksum").is_file()]

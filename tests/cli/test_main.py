@@ -16,9 +16,9 @@ import fedlora
 import server.rounds
 from cli.main import app
 from fedlora import FederationConfig, PrivacyConfig, RunConfig, TrainingConfig
+from fedlora.config import gone
 from fedlora.data import records
 from fedlora.privacy.budget import plan_run
-from tests.fedlora.models.test_export import causal_run, llama_cpp, tiny_causal  # noqa: F401
 
 runner = CliRunner()
 QUIETLY = ("--engine", "inline", "--quiet")
@@ -115,42 +115,22 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints, 
     measured = json.loads(invoke("evaluate", out, "--data", more, *columns, "--json").stdout)
     assert (measured["n"], measured["truncated"]) == (2, 1)
     refused("evaluate", out, "--data", more, "--set", "seed=2", words=["seed", "data.text"])
-    refused("push", out, "org/name", words=["noise was seeded", "--unprotected"])
-    refused("export", out, tmp_path / "vllm", "--format", "vllm", words=["an encoder"])
-    refused("export", out, tmp_path / "x", "--format", "gguf", words=["--llama-cpp is not given"])
-    refused("export", out, tmp_path / "x", "--llama-cpp", tmp_path, words=["--format gguf"])
     shown = json.loads(invoke("ledger", "show", out / "ledgers", "--json").stdout)
     assert shown.keys() == {"Alpha", "Beta", "Gamma", "Delta"}
     assert all(one["runs"] == 1 and one["epsilon"] > 0 for one in shown.values())
     assert "Alpha" in invoke("ledger", "show", out / "ledgers").stdout
     refused("ledger", "show", tmp_path, words=["has no ledger"])
-    refused("watch", tmp_path, words=["holds no run"])
 
     assert invoke("merge", out, tmp_path / "merged").exit_code == 0
     assert list((tmp_path / "merged").glob("*.safetensors"))
     refused("merge", out, tmp_path / "merged", words=["exists"])
     refused("run", config_file(), "--out", out, words=["holds another run", "--resume"])
-    refused("run", "--resume", out, words=["is complete", "--rounds +N"])
-    refused("run", "--resume", out, "--rounds", "3", words=["--rounds is '3'", "+N"])
-    refused("run", config_file(), "--rounds", "+3", words=["give --resume RUN_DIR"])
-    refused("run", "--resume", out, "--rounds", "+3", *QUIETLY, words=["budget exhausted"])
-    other = ("--set", f"privacy.ledger={tmp_path / 'others'}")
-    refused("run", "--resume", out, "--rounds", "+3", *other, words=["privacy.ledger", "--rounds"])
-    assert not (tmp_path / "out-plus-3").exists()
+    refused("run", "--resume", out, words=["is complete", "adapter.start"])
 
 
-def test_an_export_to_gguf_says_how_to_load_the_file_and_make_its_base(
-    causal_run,  # noqa: F811
-    llama_cpp,  # noqa: F811
-    tmp_path,
-):
-    out, checkout = tmp_path / "out.gguf", llama_cpp()
-    done = invoke("export", causal_run, out, "--format", "gguf", "--llama-cpp", checkout)
-    assert done.exit_code == 0, done.output
-    served, python, base = done.stdout.splitlines()
-    assert served.startswith(f"adapter in {out}; serve it with: llama-server -m ")
-    assert python.startswith("in Python: Llama(model_path=")
-    assert base.startswith(f"the base model's file, made once: python {checkout}/convert_hf_to")
+@pytest.mark.parametrize("command", gone.COMMANDS)
+def test_a_command_that_is_gone_says_what_to_use(command):
+    refused(command, "anything", words=[command, gone.COMMANDS[command][:20]])
 
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e[red]x[/red]:warning:"
@@ -370,22 +350,6 @@ def test_a_run_that_is_told_to_end_says_how_to_continue(config_file, tmp_path, m
     assert invoke("predict", latest, "stolen").exit_code == 0
 
 
-def test_the_cache_is_shown_and_cleared(config_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    records.forget()
-    assert invoke("check", config_file()).exit_code == 0
-    shown = json.loads(invoke("cache", "--json").stdout)
-    assert shown["place"] == str(tmp_path / "cache" / "shards")
-    kinds = sorted(Path(entry["path"]).name.partition("-")[0] for entry in shown["entries"])
-    assert kinds == ["corpus", "partition"]
-    assert all(entry["bytes"] > 1000 for entry in shown["entries"])
-    said = invoke("cache").stdout
-    assert "2 entries" in said and "corpus-" in said and "partition-" in said
-    assert "removed" in invoke("cache", "--clear").stdout
-    assert json.loads(invoke("cache", "--json").stdout)["entries"] == []
-    records.forget()
-
-
 def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     size = ("--records", 3100, "--batch-size", 128, "--steps", 1211)
     common = (*size, "--delta", 1e-5, "--accountant", "rdp", "--json")
@@ -483,12 +447,11 @@ def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+@pytest.mark.parametrize("package", ["matplotlib"])
 def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, package):
     missing(package)
     words = [f"needs the Python package {package}", "constraints.txt -e '.[experiments]'"]
     refused("report", tmp_path, words=words)
-    refused("compare", tmp_path, tmp_path, words=words)
     refused("sweep", tmp_path / "x.toml", words=words)
 
 

@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from client.ledger import Ledger
 from experiments import report
 from fedlora.config.config import INSTITUTIONS
 from fedlora.data import records
@@ -23,7 +22,6 @@ from fedlora.runs.model_card import source
 from fedlora.wire import released
 from fedlora.wire.messages import Release
 from server.start import _same_records, head_start, origins, start_adapter
-from simulation import continuation
 
 
 @pytest.fixture
@@ -495,46 +493,3 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     ledgers.rename(tmp_path / "moved")  # what was spent is not known any more
     with pytest.raises(InputError, match=r"set privacy\.ledger to"):
         start_adapter(same, made)
-
-
-def test_further_rounds_are_charged_to_the_same_ledgers_or_refused(
-    tiny_config, simulate_run, tmp_path
-):
-    first = tiny_config(**{"run-dir": str(tmp_path / "first"), "privacy.max-epsilon": 14.0})
-    simulate_run(first)
-    (tmp_path / "first" / "config.toml").write_text(first.to_toml())
-    values = continuation.values(tmp_path / "first", 2)
-    assert 0 < values["privacy.epsilon"] < first.privacy.epsilon  # fewer rounds, the same noise
-    config = first.replace({**values, "run-dir": str(tmp_path / "second")})
-    simulate_run(config)
-    stated = [
-        json.loads((tmp_path / name / "privacy.json").read_text()) for name in ("first", "second")
-    ]
-    (noise,), (again,) = (
-        {one["noise_multiplier"] for one in found["institutions"].values()} for found in stated
-    )
-    assert again == pytest.approx(noise, rel=5e-3)
-    with Ledger.open(tmp_path / "first" / "ledgers" / "Alpha.db") as ledger:
-        assert len(ledger.runs()) == 2
-        assert stated[1]["institutions"]["Alpha"]["ledger_epsilon"] == ledger.spent()
-        assert ledger.spent() > first.privacy.epsilon
-    assert not (tmp_path / "second" / "ledgers").exists()
-
-    result = tmp_path / "first" / "result.json"
-    whole = json.loads(result.read_text())
-    result.write_text(json.dumps({key: whole[key] for key in whole.keys() - {"run"}}))
-    with pytest.raises(InputError, match=r"without an identity.*start anew"):
-        continuation.values(tmp_path / "first", 2)
-    result.write_text(json.dumps(whole))
-    longer = continuation.values(tmp_path / "first", 400)
-    config = first.replace({**longer, "run-dir": str(tmp_path / "third")})
-    with pytest.raises(InputError, match="budget exhausted: 4 of 4 institutions"):
-        simulate_run(config)
-    assert not (tmp_path / "third" / "config.toml").exists()
-    ledger = tmp_path / "first" / "ledgers" / "Beta.db"
-    ledger.rename(tmp_path / "elsewhere.db")
-    with pytest.raises(InputError, match=r"Beta.db is missing or lacks charges of the run"):
-        continuation.values(tmp_path / "first", 2)
-    Ledger.create(ledger, max_epsilon=14.0, delta=1e-4, accountant="rdp")
-    with pytest.raises(InputError, match=r"Beta.db is missing or lacks charges of the run"):
-        continuation.values(tmp_path / "first", 2)
