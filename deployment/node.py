@@ -141,6 +141,33 @@ def is_running(settings: Settings) -> bool:
     return False
 
 
+def forget(settings: Settings, run: str) -> str:
+    """Erase an institution's secrets of a run under secure aggregation that ended without it.
+
+    At the end of a run an institution erases them by itself. If the run failed or was stopped, or
+    the institution was offline then, they stay until this. The run cannot go on here.
+
+    Returns:
+        What was done, for the operator.
+    """
+    from client import secure_role, secure_store
+
+    store = Path(settings.state) / secure_store.FILE
+    known: dict[str, bool] = {}
+    if store.exists():
+        with secure_store.opened(store) as db:
+            known = secure_store.known(db)
+    if run not in known:
+        left = ", ".join(name for name, ended in known.items() if not ended)
+        raise InputError(f"--forget is {run!r}, and {store} has secrets of: {left or 'no run'}")
+    if secure_role.erase(store, Path(settings.ledger), run):
+        return f"erased the secrets of run {run}"
+    return (
+        f"erased the secrets of run {run}. The ledger {settings.ledger} has no charge of it: if "
+        "another ledger was named then, name that one again and repeat this"
+    )
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,13 +1,12 @@
 """The directory of a federation: keys, settings and folders that containers mount."""
 
-import contextlib
 import ipaddress
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
@@ -29,38 +28,48 @@ File = tuple[Path, bytes, int]
 
 
 def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) -> None:
-    """Make the directory atomically: it is built beside its place, then renamed.
+    """Make the directory; in one that exists, add institutions and renew the certificates.
+
+    A new directory is built beside its place, then renamed. CA and keys of institutions are never
+    replaced. Each new certificate is renamed after its key: `check.operator` finds a pair that a
+    crash left apart, and another call mends it.
 
     Args:
-        directory: The new directory.
-        institutions: The institutions' names.
-        host: The gateway's name or address for institutions and for its certificate.
-        port: The gateway's published port.
+        directory: The directory.
+        institutions: The institutions' names; those that are there already stay as they are.
+        host: The gateway's name or address for institutions and for its certificate; empty for the
+            names of the old certificate, or ``localhost`` in a new directory.
+        port: The gateway's published port; only a new directory records it.
 
     Raises:
-        InputError: For a directory that exists, bad names, or a place that cannot be written.
+        InputError: For bad names, a directory that is something else, or one that cannot be
+            written.
     """
     _check_names(institutions)
-    _check_host(host, "the port goes into --port")
+    _check_host(host or "localhost")
     if not 1 <= port <= 65535:
         raise InputError(f"--port is {port}; it must be from 1 to 65535")
     directory = directory.absolute()
-    if directory.exists() or directory.is_symlink():
-        raise InputError(
-            f"{directory} is there already, and its keys are not overwritten; give another "
-            "directory (`fedlora deploy add` adds an institution, `renew` certificates)"
-        )
     try:
-        parent = existing_parent(directory.parent)
+        if directory.exists():
+            _extend(directory, institutions, host)
+        else:
+            _create(directory, institutions, host or "localhost", port)
     except OSError as error:
-        raise InputError(f"{error}; give another directory") from None
+        raise InputError(
+            f"{error.filename or directory} cannot be read or written: {error.strerror or error}; "
+            "mend that, or give another directory"
+        ) from None
+
+
+def _create(directory: Path, institutions: Sequence[str], host: str, port: int) -> None:
+    parent = existing_parent(directory.parent)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
     try:
         _build(building, institutions, host)
-        _write(building / ".env", _environment(directory, port), 0o644)
+        _write((building / ".env", _environment(directory, port), 0o644))
         building.chmod(0o755)
-        if os.geteuid() == 0:
-            _change_owner(building, owner(building))
+        _change_owner(building)
         directory.parent.mkdir(parents=True, exist_ok=True)
         building.rename(directory)
     except BaseException:
@@ -68,97 +77,27 @@ def make(directory: Path, institutions: Sequence[str], *, host: str, port: int) 
         raise
 
 
-def add(directory: Path, name: str) -> None:
-    """Add an institution to a directory that `make` made.
-
-    Raises:
-        InputError: When it is not such a directory, or holds the institution.
-    """
-    _check_names([name])
-    for there in (
-        directory / "institutions" / name,
-        directory / "server" / "institutions" / f"{name}.pub",
-    ):
-        if there.exists():
-            raise InputError(
-                f"{there} is there already, and keys are not overwritten; remove it first, for new "
-                "ones"
-            )
-    services, authority = owner(directory), _authority(directory)
-    kept = set(_pins(directory, name))  # of an institution that was pinned by hand
-    try:
-        _institution(directory, name, authority.pem)
-        _pin_peers(directory)
-        if os.geteuid() == 0:
-            _change_owner(directory / "institutions" / name, services)
-            for pinned in (directory / "institutions").glob("*/keys/peers"):
-                _change_owner(pinned, services)
-    except BaseException:  # its keys are nobody's yet, and would be in the way of another try
-        shutil.rmtree(directory / "institutions" / name, ignore_errors=True)
-        (directory / "server" / "institutions" / f"{name}.pub").unlink(missing_ok=True)
-        for pin in set(_pins(directory, name)) - kept:
-            pin.unlink(missing_ok=True)
-        raise
-
-
-def _pins(directory: Path, name: str) -> Iterator[Path]:
-    """The places where other institutions of this directory pin an institution's key."""
-    return (directory / "institutions").glob(f"*/keys/peers/{name}.pub")
-
-
-def owner(directory: Path) -> tuple[int, int]:
-    """User and group of the services: ``FEDLORA_USER`` in the directory's ``.env``.
-
-    Raises:
-        InputError: If it is not UID:GID.
-    """
-    value = ""
-    with contextlib.suppress(FileNotFoundError):
-        for line in (directory / ".env").read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("FEDLORA_USER="):
-                value = line.partition("=")[2].strip(" \"'")
-    if not value:
-        return IMAGE_USER, IMAGE_USER
-    if not re.fullmatch("[0-9]+:[0-9]+", value):
-        raise InputError(
-            f"FEDLORA_USER in {directory / '.env'} is {value!r}; write UID:GID, such as 1000:1000"
-        )
-    user, _, group = value.partition(":")
-    return int(user), int(group)
-
-
-def renew(directory: Path, *, host: str = "") -> None:
-    """New certificates of the gateway, the SuperLink and the server's statements, from the same CA.
-
-    Each key and its certificate are renamed one after the other. After a crash between these two
-    renames they do not match: `check.operator` finds that, and another `renew` mends it.
-
-    Args:
-        directory: A directory from `make`.
-        host: The gateway's name or address; empty for the names of its old certificate.
-
-    Raises:
-        InputError: When the directory holds no CA, no certificate to take names from, or cannot be
-            written.
-    """
-    if host:
-        _check_host(host, "give the host without a port")
-    authority, services = _authority(directory), owner(directory)
+def _extend(directory: Path, institutions: Sequence[str], host: str) -> None:
+    authority = _authority(directory)
     old = directory / "gateway" / "server.pem"
     try:
         hosts = (host,) if host else keys.hosts(old.read_bytes())
-    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+    except (ValueError, x509.ExtensionNotFound) as error:
         raise InputError(f"{old} does not say its names ({error}); give --host") from None
-    try:
-        with _written_beside(_servers(directory, authority, hosts)):
-            if os.geteuid() == 0:
-                for name in ("gateway", "superlink", "server/keys"):
-                    _change_owner(directory / name, services)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or directory} cannot be written: {error.strerror}; mend that, then "
-            "run `fedlora deploy renew` again"
-        ) from None
+    for name in institutions:
+        if not (directory / "server" / "institutions" / f"{name}.pub").exists():
+            _institution(directory, name, authority.pem)
+    _pin_peers(directory)
+    _write(*_servers(directory, authority, hosts))
+    _change_owner(directory)
+
+
+def owner(directory: Path) -> tuple[int, int]:
+    """User and group of the services: ``FEDLORA_USER`` in the directory's ``.env``."""
+    found = re.search(
+        r"^FEDLORA_USER=([0-9]+):([0-9]+)$", (directory / ".env").read_text(), re.MULTILINE
+    )
+    return (int(found[1]), int(found[2])) if found else (IMAGE_USER, IMAGE_USER)
 
 
 def _check_names(institutions: Sequence[str]) -> None:
@@ -172,32 +111,30 @@ def _check_names(institutions: Sequence[str]) -> None:
         raise InputError(f"--institutions has {min(twice)!r} twice; drop one")
 
 
-def _check_host(host: str, remedy: str) -> None:
-    """Refuse what is no host name or address; ``remedy`` says where a port goes."""
+def _check_host(host: str) -> None:
     try:
         ipaddress.ip_address(host)
     except ValueError:
         if not _HOST.fullmatch(host):
-            hint = f": {remedy}" if ":" in host else ""
             raise InputError(
-                f"--host is {host!r}; it must be a host name or an address{hint}"
+                f"--host is {host!r}; it must be a host name or an address, without a port"
             ) from None
 
 
 def _build(root: Path, institutions: Sequence[str], host: str) -> None:
     authority = keys.make_authority()
-    _write(root / "ca" / "ca.crt", authority.pem, 0o644)
-    _write(root / "ca" / "ca.key", authority.private_pem, 0o600)
-    for file in _servers(root, authority, (host,)):
-        _write(*file)
     secret = secrets.token_hex(32).encode()
-    _write(root / "superlink" / "superexec.secret", secret, 0o600)
-    _write(root / "server" / "keys" / "superexec.secret", secret, 0o600)
-    _write(root / "server" / "keys" / "ca.crt", authority.pem, 0o644)
-    _write(root / "server" / "configs" / "run.toml", _example_run(len(institutions)), 0o644)
+    _write(
+        (root / "ca" / "ca.crt", authority.pem, 0o644),
+        (root / "ca" / "ca.key", authority.private_pem, 0o600),
+        *_servers(root, authority, (host,)),
+        (root / "superlink" / "superexec.secret", secret, 0o600),
+        (root / "server" / "keys" / "superexec.secret", secret, 0o600),
+        (root / "server" / "keys" / "ca.crt", authority.pem, 0o644),
+        (root / "server" / "configs" / "run.toml", _example_run(len(institutions)), 0o644),
+    )
     for name in ("database", "results"):
         (root / name).mkdir(mode=0o700)
-    _make_folder(root / "server" / "institutions")
     for name in institutions:
         _institution(root, name, authority.pem)
     _pin_peers(root)
@@ -226,15 +163,18 @@ def _servers(root: Path, authority: keys.Authority, hosts: Sequence[str]) -> lis
 
 
 def _institution(root: Path, name: str, ca: bytes) -> None:
+    """Make an institution's folder; its public key, the last file, says that it is whole."""
     folder = root / "institutions" / name
     _make_folder(folder)
     for part in ("settings", "keys", "data", "ledger", "state"):
-        (folder / part).mkdir(mode=0o700)
+        (folder / part).mkdir(mode=0o700, exist_ok=True)
     public, private = keys.make_node(name)
-    _write(folder / "keys" / "node.key", private, 0o600)
-    _write(folder / "keys" / "ca.crt", ca, 0o644)
-    _write(folder / "settings" / "institution.toml", _settings(name), 0o644)
-    _write(root / "server" / "institutions" / f"{name}.pub", public, 0o644)
+    _write(
+        (folder / "keys" / "node.key", private, 0o600),
+        (folder / "keys" / "ca.crt", ca, 0o644),
+        (folder / "settings" / "institution.toml", _settings(name), 0o644),
+        (root / "server" / "institutions" / f"{name}.pub", public, 0o644),
+    )
 
 
 def _pin_peers(root: Path) -> None:
@@ -242,15 +182,12 @@ def _pin_peers(root: Path) -> None:
 
     Outside of a rehearsal institutions exchange their keys themselves and compare fingerprints.
     """
-    keys = {file.stem: file.read_bytes() for file in _public_keys(root)}
+    public = {file.stem: file for file in (root / "server" / "institutions").glob("*.pub")}
     for folder in filter(Path.is_dir, (root / "institutions").iterdir()):
-        for name, key in keys.items():
-            if name != folder.name:
-                _write(folder / "keys" / "peers" / f"{name}.pub", key, 0o644)
-
-
-def _public_keys(root: Path) -> list[Path]:
-    return sorted((root / "server" / "institutions").glob("*.pub"))
+        for name in public.keys() - {folder.name}:
+            pin = folder / "keys" / "peers" / f"{name}.pub"
+            if not pin.exists():
+                _write((pin, public[name].read_bytes(), 0o644))
 
 
 def _authority(directory: Path) -> keys.Authority:
@@ -258,9 +195,9 @@ def _authority(directory: Path) -> keys.Authority:
         return keys.read_authority(
             (directory / "ca" / "ca.crt").read_bytes(), (directory / "ca" / "ca.key").read_bytes()
         )
-    except OSError as error:
+    except FileNotFoundError as error:
         raise InputError(
-            f"{error.filename} cannot be read: {error.strerror}; give the directory that "
+            f"{directory} exists, and {error.filename} does not; give a new directory, or one that "
             "`fedlora deploy init` made, with its ca folder in place"
         ) from None
     except ValueError as error:
@@ -335,18 +272,10 @@ def _make_folder(path: Path) -> None:
         folder.mkdir(mode=0o755, exist_ok=True)
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file atomically, with the permissions ``mode`` from the start."""
-    with _written_beside([(path, content, mode)]):
-        pass
+def _write(*files: File) -> None:
+    """Write files beside their places, with their permissions from the start, then rename them.
 
-
-@contextlib.contextmanager
-def _written_beside(files: Sequence[File]) -> Iterator[None]:
-    """Write files beside their places, and rename them in their order when the block has ended.
-
-    No file is renamed before all are on the disk. A temporary file that a killed process left is
-    replaced.
+    No file is renamed before all are on the disk. A file that a killed process left is replaced.
     """
     pairs = [(path.with_name(f".{path.name}.new"), path) for path, _, _ in files]
     try:
@@ -359,7 +288,6 @@ def _written_beside(files: Sequence[File]) -> Iterator[None]:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        yield
         for beside, path in pairs:
             beside.replace(path)
     finally:
@@ -369,8 +297,10 @@ def _written_beside(files: Sequence[File]) -> Iterator[None]:
         sync(folder)
 
 
-def _change_owner(root: Path, services: tuple[int, int]) -> None:
-    """Make the services' user the owner of everything but the CA."""
-    for path in (root, *root.rglob("*")):
-        if root / "ca" not in (path, *path.parents):
-            os.chown(path, *services, follow_symlinks=False)
+def _change_owner(root: Path) -> None:
+    """Make the services' user the owner of everything but the CA, where root made it."""
+    if os.geteuid() == 0:
+        services = owner(root)
+        for path in (root, *root.rglob("*")):
+            if root / "ca" not in (path, *path.parents):
+                os.chown(path, *services, follow_symlinks=False)

@@ -3,8 +3,7 @@
 A submission is a directory below the results; its record, ``submission.json``, outlives every
 process. When the server dies during a run, Flower's run dies with it. A new Flower run is then
 submitted with the same configuration and directory, and the ServerApp continues from its last
-checkpoint. A submission whose record cannot be read is neither continued nor ended, and holds up no
-other one.
+checkpoint. A submission whose record cannot be read holds up no other one.
 """
 
 import contextlib
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from deployment import superlink_client
-from deployment.errors import FileError, FlowerError, Unanswered, in_words, named
+from deployment.errors import FlowerError, Unanswered, in_words, named
 from deployment.superlink_client import Server
 from fedlora.config.config import RunConfig, from_flat
 from fedlora.config.sections import INSTITUTIONS
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 from fedlora.runs.run_files import (
-    RESULT,
     ROUNDS,
     RUN_NAME,
     SUBMISSION,
@@ -56,9 +54,8 @@ class Submission:
         name: The name of the submission and of its directory.
         config: The configuration, flat.
         state: The state; ``running`` until the end is known.
-        details: The reason for its end; while it runs, the problem that the server has with it.
-        runs: Ids of its Flower runs since the last `submit` or `resume` without an answer, in
-            order.
+        details: The reason for its end.
+        runs: Ids of its Flower runs since the last `submit` without an answer, in order.
         rounds: Rounds that were done at the start of its last Flower run.
         tries: Flower runs since the last new round.
     """
@@ -70,16 +67,6 @@ class Submission:
     runs: tuple[str, ...] = ()
     rounds: int = 0
     tries: int = 0
-
-    def __post_init__(self) -> None:
-        if self.directory.name != self.name:
-            raise ValueError(f"{self.name!r} is not the name of its run-dir, {self.directory}")
-        if self.state not in get_args(State):
-            raise ValueError(f"its state is {self.state!r}")
-        if not all(run.isdecimal() and int(run) < 2**64 for run in self.runs):
-            raise ValueError(f"its runs are {self.runs}")
-        if not isinstance(self.rounds, int) or not isinstance(self.tries, int):
-            raise ValueError(f"its rounds are {self.rounds!r} and its tries {self.tries!r}")
 
     @property
     def directory(self) -> Path:
@@ -93,29 +80,25 @@ class Submission:
 
     def rounds_done(self) -> list[dict[str, Any]]:
         """The record of each finished round."""
-        with named(self.directory / ROUNDS, "read"):
+        with named(self.directory / ROUNDS):
             return read_records(self.directory)
-
-    def result(self) -> dict[str, Any]:
-        """The result of a completed run."""
-        return _read_object(self.directory / RESULT)
 
     def save(self) -> None:
         """Write the submission's record."""
         content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        with named(self.directory / SUBMISSION, "written"):
+        with named(self.directory / SUBMISSION):
             write_atomic(self.directory / SUBMISSION, content.encode())
 
 
 def submit(server: Server, config: RunConfig, name: str) -> Submission:
-    """Submit a new run.
+    """Submit a new run, or continue a failed or stopped one after its last finished round.
 
     Raises:
         InputError: For a configuration that is not for a deployment, or a name that is taken.
-        FileError: When the submission's record cannot be written; nothing is left of it.
-        Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
-            The submission stays, and `proceed` checks for its run.
-        FlowerError: When the SuperLink did not accept the run; the submission is removed.
+        FileError: When the submission's record cannot be read or written.
+        Unanswered: When the SuperLink may have accepted the run. The submission stays, and
+            `proceed` checks for its run.
+        FlowerError: When the SuperLink did not accept the run; all is as before.
     """
     if not RUN_NAME.fullmatch(name):
         raise InputError(
@@ -129,24 +112,38 @@ def submit(server: Server, config: RunConfig, name: str) -> Submission:
             "data.labels with it"
         )
     directory = server.results / name
-    flat = from_flat({**config.flat(), "run-dir": str(directory)}).flat()
-    with alone(server.results):
-        if directory.exists() and not _is_unwritten(directory):
-            raise InputError(f"{directory} exists; give another --name")
-        made = Submission(name=name, config=dict(flat))
-        try:
-            made.save()
-        except FileError:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        return _first_start(server, made, lambda: shutil.rmtree(directory))
-
-
-def _is_unwritten(directory: Path) -> bool:
-    """Whether a kill during `submit` left this directory: nothing but drafts of the record."""
-    return directory.is_dir() and all(
-        one.name.startswith(f".{SUBMISSION}.") for one in directory.iterdir()
+    made = Submission(
+        name=name, config=from_flat({**config.flat(), "run-dir": str(directory)}).flat()
     )
+    with alone(server.results):
+        before = _earlier(server, made) if (directory / SUBMISSION).exists() else None
+        if before:
+            made = dataclasses.replace(made, rounds=len(before.rounds_done()))
+        # without runs: an ended run's status would end this submission again, should no answer come
+        made.save()
+        try:
+            return _start(server, made)
+        except Unanswered:
+            raise
+        except FlowerError:
+            if before:
+                before.save()
+            else:
+                shutil.rmtree(directory)
+            raise
+
+
+def _earlier(server: Server, made: Submission) -> Submission:
+    """The failed or stopped submission that a new one of its name continues."""
+    before, _ = _observed(server, find(server, made.name))
+    if before.state not in ("failed", "stopped"):
+        raise InputError(f"{made.name} is {before.state}; give another --name")
+    if before.config != made.config:
+        raise InputError(
+            f"{made.name} {before.state} under another configuration; give its own "
+            f"({before.directory / 'config.toml'}), or another --name"
+        )
+    return before
 
 
 def find(server: Server, name: str) -> Submission:
@@ -158,44 +155,26 @@ def find(server: Server, name: str) -> Submission:
             that was copied.
     """
     file = server.results / name / SUBMISSION
-    with named(file, "read"):
-        known = RUN_NAME.fullmatch(name) and file.exists()
-    if not known:
+    if not RUN_NAME.fullmatch(name) or not file.exists():
         raise InputError(
             f"{server.results} holds no submission {name!r}; there are: "
-            f"{', '.join(sorted(names(server))) or 'none'}"
+            f"{', '.join(names(server)) or 'none'}"
         )
-    content = _read_object(file)
-    with named(file, "read"):
+    with named(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
         submission = Submission(**{**content, "runs": tuple(content["runs"])})
-        directory = submission.directory.resolve()
-    if directory != file.parent.resolve():
-        raise FileError(
-            f"{file} is the record of {directory}; if {file.parent} is a copy of it, move the copy "
-            f"out of {server.results}"
-        )
+        if submission.state not in get_args(State) or (
+            submission.directory.resolve() != file.parent.resolve()
+        ):
+            raise ValueError(
+                f"its state is {submission.state!r}, its run-dir {submission.directory}"
+            )
     return submission
 
 
 def names(server: Server) -> list[str]:
-    """The names of all submissions, also of those that `find` cannot read.
-
-    Those come first whose directories changed longest ago: a running one's changes with each round.
-    """
-    with named(server.results, "read"):
-        folders = [one for one in server.results.iterdir() if RUN_NAME.fullmatch(one.name)]
-    made: list[tuple[float, str]] = []
-    for folder in folders:
-        changed = 0.0
-        try:
-            changed = folder.stat().st_ctime
-            (folder / SUBMISSION).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # no submission, or the SuperLink has just refused it
-        except OSError:
-            pass  # `find` names the problem
-        made.append((changed, folder.name))
-    return [name for _, name in sorted(made)]
+    """The names of all submissions, also of those that `find` cannot read."""
+    return sorted(file.parent.name for file in server.results.glob(f"*/{SUBMISSION}"))
 
 
 def observe(server: Server, name: str) -> Submission:
@@ -220,34 +199,6 @@ def stop(server: Server, name: str) -> Submission:
         return _ended(submission, "stopped", "stopped by the operator")
 
 
-def resume(server: Server, name: str) -> Submission:
-    """Start a failed or stopped run again, after its last finished round.
-
-    Raises:
-        InputError: For a run that has not failed and was not stopped.
-        FileError: When its files cannot be read or written; the submission stays as it was.
-        Unanswered: When the SuperLink may have accepted the run, or a file failed meanwhile.
-            The submission is running, and `proceed` checks for its run.
-        FlowerError: When it did not; the submission stays as it was.
-    """
-    with alone(server.results):
-        submission, _ = _observed(server, find(server, name))
-        if submission.state not in ("failed", "stopped"):
-            raise InputError(
-                f"{name} is {submission.state}; only a failed or stopped run is resumed"
-            )
-        again = dataclasses.replace(
-            submission,
-            state="running",
-            details="",
-            rounds=len(submission.rounds_done()),
-            tries=0,
-        )
-        # without runs: an ended run's status would end this submission again, should no answer come
-        dataclasses.replace(again, runs=()).save()
-        return _first_start(server, again, submission.save)
-
-
 def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dict[str, str]]:
     """Restart every submission whose Flower run was ended from outside.
 
@@ -268,10 +219,8 @@ def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dic
                 with alone(server.results):
                     if submission := _running(server, name):
                         actions += _proceed(server, submission, since)
-        except (FlowerError, OSError, ValueError, TypeError, KeyError) as error:
+        except (FlowerError, OSError, InputError) as error:
             waiting[name] = in_words(error)
-            with contextlib.suppress(OSError):  # its record cannot hold the reason
-                _note(server, name, waiting[name])
     return actions, waiting
 
 
@@ -290,8 +239,6 @@ def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
     if submission.state != "running":
         return [f"{name} {submission.state}: {submission.details or 'all rounds done'}"]
     if not interrupted:
-        if submission.details:  # the problem is over
-            dataclasses.replace(submission, details="").save()
         return []
     done = len(submission.rounds_done())
     tries = submission.tries if done == submission.rounds else 0
@@ -305,14 +252,6 @@ def _proceed(server: Server, submission: Submission, since: float) -> list[str]:
     if submission.runs:  # not before: a stopped run would end the submission if the start failed
         superlink_client.stop(server, submission.runs[-1])
     return [f"{name} continues after round {done} as Flower's run {again.runs[-1]}"]
-
-
-def _note(server: Server, name: str, problem: str) -> None:
-    """Record the problem that the server has with a running submission, for `deploy status`."""
-    with alone(server.results):
-        submission = _running(server, name)
-        if submission and submission.details != problem:
-            dataclasses.replace(submission, details=problem).save()
 
 
 def follow(
@@ -331,7 +270,7 @@ def follow(
     lines = GrowingLines(file)
     while True:
         submission = find(server, name)
-        with named(file, "read"):
+        with named(file):
             records = lines.read()
         for record in records[shown:]:
             shown += 1
@@ -345,26 +284,6 @@ def follow(
         time.sleep(1.0)
 
 
-def _first_start(server: Server, saved: Submission, undo: Callable[[], None]) -> Submission:
-    """Start a submission whose record has no runs yet; undo the record only if Flower has no run.
-
-    Raises:
-        Unanswered: When Flower may have the run, or the record cannot be undone.
-    """
-    try:
-        try:
-            return _start(server, saved)
-        except Unanswered:
-            raise
-        except (FlowerError, InputError):
-            undo()
-            raise
-    except OSError as error:
-        raise Unanswered(
-            f"the start of {saved.name} was interrupted ({in_words(error)})"
-        ) from error
-
-
 def _start(server: Server, submission: Submission) -> Submission:
     """Start a Flower run, or adopt the run of an earlier start without an answer."""
     unfinished = superlink_client.unfinished(server, str(submission.directory))
@@ -372,7 +291,7 @@ def _start(server: Server, submission: Submission) -> Submission:
     sent = from_flat(submission.config).shared()  # institutions get the same values as Flower
     run = unknown[-1] if unknown else superlink_client.start(server, APP, sent)
     started = dataclasses.replace(
-        submission, runs=(*submission.runs, run), tries=submission.tries + 1, details=""
+        submission, runs=(*submission.runs, run), tries=submission.tries + 1
     )
     started.save()
     return started
@@ -400,15 +319,6 @@ def _observed(
     if interrupted and submission.complete:  # it ended before Flower noted so
         return _ended(submission, "completed", ""), False
     return submission, interrupted
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object on disk."""
-    with named(file, "read"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("it is no JSON object")
-    return content
 
 
 def _ended(submission: Submission, state: State, details: str) -> Submission:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import ssl
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import httpx
-import tomli_w
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.utils import flwr_cli_exc_handler
 from flwr.common.constant import Status
@@ -42,8 +41,6 @@ from fedlora.files import write_atomic
 from fedlora.runs.run_files import KEYS, NODES, SIZES, alone
 from fedlora.secure import peers
 
-LINK = "fedlora"
-"""The connection's name in Flower's own configuration."""
 REQUEST_SECONDS = 90.0
 """Timeout of a request: longer than the SuperLink waits for its database."""
 REGISTERED = ("registered", "already registered")
@@ -62,14 +59,12 @@ class Server:
             ``NAME.size``: the server's bound of the institution's number of records.
         results: Directory of the runs' directories.
         superlink: HOST:PORT of the SuperLink.
-        home: Flower's own directory.
     """
 
     keys: Path
     institutions: Path
     results: Path
     superlink: str
-    home: Path
 
     @property
     def ca(self) -> Path:
@@ -88,7 +83,7 @@ class Server:
         """
         folder = self.results / ".scratch"
         shutil.rmtree(folder, ignore_errors=True)
-        with named(folder, "written"):
+        with named(folder):
             folder.mkdir()
         return folder
 
@@ -100,7 +95,7 @@ def server() -> Server:
         InputError: When a variable is missing, or names a file or directory that is missing.
     """
     names = ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS")
-    for name in (*names, "FEDLORA_SUPERLINK", "FLWR_HOME"):
+    for name in (*names, "FEDLORA_SUPERLINK"):
         if not os.environ.get(name):
             raise InputError(
                 f"{name} is not set; run this where the server runs (docker compose exec server "
@@ -115,19 +110,11 @@ def server() -> Server:
         institutions=places[1],
         results=places[2],
         superlink=os.environ["FEDLORA_SUPERLINK"],
-        home=Path(os.environ["FLWR_HOME"]),
     )
     for file in (made.ca, made.secret):
         if not file.is_file():
             raise InputError(f"{file} is missing; FEDLORA_KEYS must hold it")
     return made
-
-
-def connect(server: Server) -> None:
-    """Write the connection into Flower's configuration, for its command line."""
-    link = {"address": server.superlink, "root-certificates": str(server.ca)}
-    content = {"superlink": {"default": LINK, LINK: link}}
-    _write(server.home / "config.toml", tomli_w.dumps(content))
 
 
 def key_files(server: Server) -> dict[Path, int]:
@@ -136,14 +123,12 @@ def key_files(server: Server) -> dict[Path, int]:
     Raises:
         FileError: When the directory cannot be read. That removes no institution.
     """
-    files = _institution_files(server, ".pub", ".size")
-    with named(server.institutions, "read"):
-        return {file: file.stat().st_ctime_ns for file in files if file.exists()}
-
-
-def _institution_files(server: Server, *suffixes: str) -> list[Path]:
-    with named(server.institutions, "read"):
-        return sorted(file for file in server.institutions.iterdir() if file.suffix in suffixes)
+    with named(server.institutions):
+        return {
+            file: file.stat().st_ctime_ns
+            for file in sorted(server.institutions.iterdir())
+            if file.suffix in (".pub", ".size") and file.exists()
+        }
 
 
 def register(server: Server) -> dict[str, str]:
@@ -160,80 +145,41 @@ def register(server: Server) -> dict[str, str]:
     own: dict[str, bytes] = {}
     nodes: dict[int, str] = {}
     sizes: dict[str, int] = {}
-    with alone(server.results), _superlink(server) as superlink, _errors():
+    with alone(server.results), _superlink(server) as superlink:
         found = superlink.ListNodes(ListNodesRequest()).nodes_info
         known = {node.public_key: node for node in found}
-        for file in _institution_files(server, ".pub"):
-            name = file.stem
-            try:
-                key = public_key_to_bytes(peers.read(file.read_bytes(), file))
-                if (stated := file.with_suffix(".size")).exists():
-                    sizes[name] = keys.stated_size(stated)
-                own[name] = key
-            except (OSError, ValueError) as error:
-                done[name] = in_words(error)
-        registered = _registered_keys(server)
-        holders = _holders(own, registered, unread=done.keys())
-        for name, key in own.items():
-            file, node, holder = server.institutions / f"{name}.pub", known.get(key), holders[key]
-            if not holder:
-                names = " and ".join(other for other, of in own.items() if of == key)
-                done[name] = f"{names} have one key; ask each for its own"
-            elif holder != name:
-                done[name] = f"{file} is the key of {holder}; ask {name} for its own"
+        for file in key_files(server):
+            if file.suffix == ".pub":
+                try:
+                    own[file.stem] = public_key_to_bytes(peers.read(file.read_bytes(), file))
+                    if (stated := file.with_suffix(".size")).exists():
+                        sizes[file.stem] = keys.stated_size(stated)
+                except (OSError, ValueError) as error:
+                    own.pop(file.stem, None)
+                    done[file.stem] = in_words(error)
+        for name, key in list(own.items()):
+            node, holders = known.get(key), [one for one, of in own.items() if of == key]
+            if len(holders) > 1:
+                done[name] = f"{' and '.join(holders)} have one key; ask each for its own"
             elif node is None:
                 request = RegisterNodeRequest(public_key=key, name=name)
                 nodes[superlink.RegisterNode(request).node_id] = name
                 done[name] = "registered"
             elif node.status == NodeStatus.UNREGISTERED:
-                done[name] = f"{file} was unregistered, and Flower takes no key twice; make a new"
+                done[name] = f"{name}.pub was unregistered; Flower takes no key twice: make a new"
             else:
                 nodes[node.node_id] = name
                 done[name] = "already registered"
-        public = {name: key.decode() for key, name in holders.items() if name in own}
-        public |= {
-            name: registered[name].decode() for name in registered.keys() & done.keys() - own.keys()
-        }
+        public = {name: own[name].decode() for name in nodes.values()}
         for name, content in ((KEYS, public), (SIZES, sizes), (NODES, nodes)):
-            _write(server.results / name, json.dumps(content, indent=2) + "\n")
+            with named(server.results / name):
+                write_atomic(server.results / name, (json.dumps(content, indent=2) + "\n").encode())
     return done
-
-
-def _registered_keys(server: Server) -> dict[str, bytes]:
-    """Institution -> the key by which it is registered; nothing where the file cannot be read."""
-    try:
-        found: dict[str, str] = json.loads((server.results / KEYS).read_bytes())
-        return {name: key.encode() for name, key in found.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _holders(
-    own: Mapping[str, bytes], registered: Mapping[str, bytes], unread: Collection[str]
-) -> dict[bytes, str]:
-    """Key -> its institution: of several with one key the registered one; "" where none is.
-
-    Args:
-        own: Institution -> the key in its file.
-        registered: Institution -> the key by which it is registered.
-        unread: The institutions whose files are there and cannot be read: they keep their keys.
-    """
-    found: dict[bytes, str] = {}
-    for key in own.values():
-        names = [name for name, of in own.items() if of == key]
-        before = [name for name, of in registered.items() if of == key and name in {*own, *unread}]
-        found[key] = before[0] if before else names[0] if len(names) == 1 else ""
-    return found
-
-
-def _write(file: Path, content: str) -> None:
-    with named(file, "written"):
-        write_atomic(file, content.encode())
 
 
 def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
     """Submit the app with these values of its configuration; return the run's id."""
-    with _superlink(server) as superlink, _errors():
+    with _superlink(server) as superlink:
         content = build_fab_from_disk(app)
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
         answer = superlink.StartRun(
@@ -248,7 +194,7 @@ def start(server: Server, app: Path, values: Mapping[str, Any]) -> str:
 
 def unfinished(server: Server, directory: str) -> list[str]:
     """The runs with this ``run-dir`` that have not ended, the newest last."""
-    with _superlink(server) as superlink, _errors():
+    with _superlink(server) as superlink:
         answer = superlink.ListRuns(ListRunsRequest(limit=MAX_LISTED_RUNS))
     found = [
         (run.pending_at, number)
@@ -265,7 +211,7 @@ def status(server: Server, run: str) -> tuple[str, str, float]:
     The third value is the seconds since a server started it, by the SuperLink's clock; 0 before.
     """
     try:
-        with _superlink(server) as superlink, _errors():
+        with _superlink(server) as superlink:
             answer = superlink.ListRuns(ListRunsRequest(run_id=int(run)))
     except FlowerError as error:
         if "not found" in str(error).lower():
@@ -285,7 +231,7 @@ def status(server: Server, run: str) -> tuple[str, str, float]:
 def stop(server: Server, run: str) -> None:
     """Stop a run; a run that has ended stays as it is."""
     try:
-        with _superlink(server) as superlink, _errors():
+        with _superlink(server) as superlink:
             superlink.StopRun(StopRunRequest(run_id=int(run)))
     except FlowerError as error:
         if "finished" not in str(error) and "not found" not in str(error).lower():
@@ -294,7 +240,8 @@ def stop(server: Server, run: str) -> None:
 
 @contextlib.contextmanager
 def _superlink(server: Server) -> Iterator[ControlHttpClient]:
-    with named(server.ca, "read"):
+    """A connection to the SuperLink, whose errors are `FlowerError`, in one line."""
+    with named(server.ca):
         accepted = ssl.create_default_context(cafile=str(server.ca))
     client = ControlHttpClient(
         f"https://{server.superlink}",
@@ -303,19 +250,12 @@ def _superlink(server: Server) -> Iterator[ControlHttpClient]:
         interceptors=[RuntimeVersionHttpInterceptor(component_name="fedlora")],
     )
     try:
-        yield client
-    finally:
-        client.close()
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Turn errors into `FlowerError`, in one line, as Flower's command line does."""
-    try:
         with flwr_cli_exc_handler(_open_outcome):
-            yield
+            yield client
     except click.ClickException as error:
         raise FlowerError(" ".join(error.format_message().split())) from None
+    finally:
+        client.close()
 
 
 def _open_outcome(error: Exception) -> None:

@@ -144,7 +144,7 @@ def read_run_file(run_dir: Path, name: str = RESULT) -> dict[str, Any]:
         go_on = f"run --resume {run_dir}"
         with contextlib.suppress(OSError):  # of a directory that this user may not enter
             if (run_dir / SUBMISSION).exists():
-                go_on = f"deploy resume {run_dir.name}"
+                go_on = f"deploy submit --name {run_dir.name}"
         raise InputError(
             f"{run_dir} holds no complete run that can be read ({name}: {_reason(error)}); "
             f"give the directory that a finished run printed, or continue the run with `fedlora "

@@ -90,13 +90,9 @@ class Rehearsal(harness.Federation):
             "submit", f"/configs/{name}.toml", "--name", name, "--json", *more, timeout=600
         )
         assert done.stdout.startswith("{"), done.stdout + done.stderr
-        said = json.loads(done.stdout)
+        (said,) = json.loads(done.stdout)["submissions"]
         assert (done.returncode == 0) == (said["state"] in ("completed", "running"))
         return said
-
-    def status(self, name: str) -> dict[str, Any]:
-        """What `fedlora deploy status` says of a run."""
-        return json.loads(self.deploy("status", name, "--json").stdout)
 
     def results(self, name: str) -> Path:
         """A run's directory."""

@@ -89,6 +89,13 @@ for said in (order, answer, {**answer, "src_node_id": own}):
     else:
         print("taken")
 """
+SUBMIT_ROGUE = """
+import tomllib
+from pathlib import Path
+from deployment import superlink_client
+values = tomllib.loads(Path("/configs/rogue.toml").read_text())
+superlink_client.start(superlink_client.server(), Path("/rogue"), values)
+"""
 FLOOD = """
 import re, socket, ssl, threading
 context = ssl.create_default_context(cafile="/keys/ca.crt")
@@ -273,7 +280,7 @@ def test_an_expired_certificate_is_refused_and_named_and_all_are_back_after_it(f
     place.write_bytes(_expired(federation.directory, right))
     federation.stop("gateway")
     federation.start("gateway")
-    ask = ("fedlora", "deploy", "reachable", "https://gateway:8443/health", "--ca", "/keys/ca.crt")
+    ask = ("fedlora", "deploy", "check", "https://gateway:8443/health", "--ca", "/keys/ca.crt")
     check = lambda: federation.exec("server", *ask, check=False)  # noqa: E731
     try:
         federation.until(lambda: "certificate has expired" in check().stdout)
@@ -387,9 +394,7 @@ def test_a_server_that_asks_for_more_is_refused_and_its_code_runs_nowhere(federa
     config = {**PLAIN, **values, "run-dir": f"/results/{name}"}
     file = federation.directory / "server" / "configs" / "rogue.toml"
     file.write_text(tomli_w.dumps(config))
-    federation.exec(
-        "server", "flwr", "run", "/rogue", "fedlora", "--run-config", "/configs/rogue.toml"
-    )
+    federation.exec("server", "python", "-c", SUBMIT_ROGUE)
     answers = federation.directory / "results" / name
     federation.until(answers.exists)
     assert json.loads(answers.read_text()) == said

@@ -180,6 +180,6 @@ def test_a_run_ends_with_a_result(containers):
     submit = ("fedlora", "deploy", "submit", "--wait", "--json")
     done = containers.exec("server", *submit, "/configs/run.toml", "--name", "one", check=False)
     assert done.returncode == 0, done.stdout + done.stderr + containers.logs()
-    assert json.loads(done.stdout)["state"] == "completed"
+    assert json.loads(done.stdout)["submissions"][0]["state"] == "completed"
     records = read_records(containers.directory / "results" / "one")
     assert [record["updates"] for record in records] == [len(NAMES)] * len(records) != []

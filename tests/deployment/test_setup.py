@@ -107,16 +107,6 @@ def test_its_settings_and_its_example_run_are_valid(made):
     assert run.data.labels == own.labels
 
 
-def test_flowers_node_reads_the_key(made):
-    """The SuperNode's own reader; it would exit where the key did not suit it."""
-    from flwr.supernode.cli.flower_supernode import load_ssh_private_key
-
-    key = load_ssh_private_key(
-        (made / "institutions" / "a" / "keys" / "node.key").read_bytes(), None
-    )
-    assert key.curve.name == "secp384r1"
-
-
 def test_the_environment_is_that_of_the_compose_file(made):
     lines = dict(line.split("=", 1) for line in (made / ".env").read_text().splitlines())
     assert set(lines) == {"FEDLORA_DIR", "FEDLORA_USER", "FEDLORA_PORT"}
@@ -133,8 +123,8 @@ def test_the_environment_is_that_of_the_compose_file(made):
         (["a", "a"], "h", 1, "twice"),
         ([".."], "h", 1, "begin with"),
         (["a"], "a b", 1, "--host"),
-        (["a"], "fed.example.org:8443", 1, "an address: the port goes into --port"),
-        (["a"], "10.0.0.1:8443", 1, "an address: the port goes into --port"),
+        (["a"], "fed.example.org:8443", 1, "without a port"),
+        (["a"], "10.0.0.1:8443", 1, "without a port"),
         (["a"], "h", 0, "--port is 0"),
     ],
 )
@@ -155,45 +145,18 @@ def test_a_certificate_names_an_address_as_an_address(tmp_path, host):
     assert names.get_values_for_type(x509.DNSName) == ["gateway", "localhost"]
 
 
-def test_it_never_overwrites(made):
-    before = {f: f.read_bytes() for f in made.rglob("*") if f.is_file()}
-    done = CliRunner().invoke(app, ["deploy", "init", str(made), "--institutions", "c"])
-    assert done.exit_code == 2
-    assert {f: f.read_bytes() for f in made.rglob("*") if f.is_file()} == before
-
-
 def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(setup, "_institution", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="no space left"):
         setup.make(tmp_path / "d", ["a"], host="h", port=1)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_institution_is_added_and_certificates_are_renewed_under_the_same_ca(made):
-    before = (made / "ca" / "ca.crt").read_bytes()
-    old = (made / "gateway" / "server.pem").read_bytes()
-    setup.add(made, "c")
-    setup.renew(made, host="fed.example.org")
-    assert (made / "server" / "institutions" / "c.pub").exists()
-    assert (made / "institutions" / "c" / "keys" / "ca.crt").read_bytes() == before
-    assert (made / "gateway" / "server.pem").read_bytes() != old
-    assert _handshake(made, "gateway", "localhost")
-    with pytest.raises(InputError, match="already"):
-        setup.add(made, "c")
-
-
-def test_the_command_that_adds_an_institution_names_no_option_of_another(made):
-    bad = CliRunner().invoke(app, ["deploy", "add", str(made), "Bank_D"])
-    assert bad.exit_code == 2 and "an institution's name is 'Bank_D'" in bad.output
-    done = CliRunner().invoke(app, ["deploy", "add", str(made), "d"])
-    assert done.exit_code == 0 and "network to docker-compose.yml" in done.output
-
-
 def test_each_institution_of_a_rehearsal_has_the_others_keys_also_of_one_that_is_added(made):
-    setup.add(made, "c")
+    setup.make(made, ["c"], host="", port=8443)
     keys_of = {
         name: peers.read_private(made / "institutions" / name / "keys" / "node.key").public_key()
         for name in "abc"
@@ -203,95 +166,16 @@ def test_each_institution_of_a_rehearsal_has_the_others_keys_also_of_one_that_is
         assert pinned == {peer: key for peer, key in keys_of.items() if peer != name}
 
 
-def test_renewed_certificates_keep_their_names_unless_another_is_given(made):
-    def names(folder):
-        return keys.hosts((made / folder / "server.pem").read_bytes())
-
-    before = names("gateway"), names("superlink")
-    assert before[0] == ("fed.example.org", "gateway", "localhost", "127.0.0.1")
-    done = CliRunner().invoke(app, ["deploy", "renew", str(made)])
-    assert done.exit_code == 0, done.output
-    assert (names("gateway"), names("superlink")) == before
-    setup.renew(made, host="new.example.org")
-    assert names("gateway") == ("new.example.org", "gateway", "localhost", "127.0.0.1")
-    with pytest.raises(InputError, match="give the host without a port"):
-        setup.renew(made, host="new.example.org:8443")
-    (made / "gateway" / "server.pem").write_text("damaged")
-    with pytest.raises(InputError, match="give --host"):
-        setup.renew(made)
-
-
-def _changed_owners(monkeypatch):
-    """Path -> the user and group that it is given by root."""
-    given = {}
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(
-        os, "chown", lambda path, *owner, follow_symlinks: given.update({Path(path): owner})
-    )
-    return given
-
-
-@pytest.mark.parametrize(
-    ("user", "owner"),
-    [("FEDLORA_USER=1000:1001\n", (1000, 1001)), ("", (10001, 10001))],
-)
-def test_what_root_makes_later_belongs_to_the_services_user(made, monkeypatch, user, owner):
-    (made / ".env").write_text(f"FEDLORA_PORT=1\n{user}")
-    given = _changed_owners(monkeypatch)
-    setup.renew(made)
-    setup.add(made, "c")
-    assert set(given.values()) == {owner}
-    assert {
-        made / "gateway" / ".server.key.new",
-        made / "institutions" / "c" / "keys" / "node.key",
-        made / "institutions" / "a" / "keys" / "peers" / "c.pub",
-    } <= set(given)
-
-
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
 def test_no_umask_lets_others_replace_keys(tmp_path, mask):
     before = os.umask(mask)
     try:
         setup.make(tmp_path / "d", ["a", "b"], host="localhost", port=8443)
-        setup.add(tmp_path / "d", "c")
+        setup.make(tmp_path / "d", ["c"], host="", port=8443)
     finally:
         os.umask(before)
     folders = [tmp_path / "d", *(one for one in (tmp_path / "d").rglob("*") if one.is_dir())]
     assert [one for one in folders if one.stat().st_mode & 0o022] == []
-
-
-def test_an_institution_is_added_beside_a_stray_file(made):
-    (made / "institutions" / ".DS_Store").write_bytes(b"x")
-    setup.add(made, "e")
-    assert (made / "institutions" / "a" / "keys" / "peers" / "e.pub").is_file()
-
-
-def test_an_institution_that_cannot_be_added_leaves_nothing_in_the_way_of_another_try(
-    made, monkeypatch
-):
-    by_hand = made / "institutions" / "a" / "keys" / "peers" / "e.pub"
-    by_hand.write_bytes((made / "server" / "institutions" / "b.pub").read_bytes())
-    before, pin = _contents(made), setup._pin_peers
-
-    def full(directory):
-        (directory / "institutions" / "b" / "keys" / "peers" / "e.pub").write_bytes(b"new")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(setup, "_pin_peers", full)
-    with pytest.raises(OSError, match="No space"):
-        setup.add(made, "e")
-    assert _contents(made) == before and not (made / "institutions" / "e").exists()
-    monkeypatch.setattr(setup, "_pin_peers", pin)
-    setup.add(made, "e")
-
-
-def test_a_user_that_is_no_pair_of_numbers_is_refused_before_anything_is_made(made):
-    (made / ".env").write_text("FEDLORA_USER=fedlora\n")
-    before = _contents(made)
-    for change in (lambda: setup.renew(made), lambda: setup.add(made, "c")):
-        with pytest.raises(InputError, match=r"FEDLORA_USER .*'fedlora'; write UID:GID"):
-            change()
-    assert _contents(made) == before
 
 
 def _contents(directory):
@@ -302,12 +186,33 @@ def _mismatches(made):
     return {one.name for one in check.operator(made) if one.outcome == "fail"}
 
 
+def test_another_init_adds_institutions_and_renews_certificates_and_replaces_no_key(made):
+    before = _contents(made)
+    done = CliRunner().invoke(app, ["deploy", "init", str(made), "--institutions", "b,c"])
+    assert done.exit_code == 0, done.output
+    after = _contents(made)
+    changed = {str(f.relative_to(made)) for f, content in before.items() if after[f] != content}
+    assert changed == {
+        *(f"{name}/server.{part}" for name in ("gateway", "superlink") for part in ("key", "pem")),
+        *(f"server/keys/statement.{part}" for part in ("key", "pem")),
+    }
+    assert (made / "institutions" / "c" / "keys" / "node.key").exists()
+    assert _handshake(made, "gateway", "localhost")
+    names = ("fed.example.org", "gateway", "localhost", "127.0.0.1")
+    assert keys.hosts((made / "gateway" / "server.pem").read_bytes()) == names
+    setup.make(made, [], host="new.example.org", port=8443)
+    assert keys.hosts((made / "gateway" / "server.pem").read_bytes())[0] == "new.example.org"
+    (made / "ca" / "ca.key").unlink()
+    with pytest.raises(InputError, match=r"ca\.key does not"):
+        setup.make(made, ["d"], host="", port=8443)
+
+
 def test_certificates_are_renewed_where_a_killed_renewal_left_its_files(made):
     left = made / "gateway" / ".server.pem.new"
     left.write_bytes(b"half of a certif")
     left.chmod(0o400)
     before = (made / "gateway" / "server.pem").read_bytes()
-    setup.renew(made)
+    setup.make(made, [], host="", port=8443)
     assert (made / "gateway" / "server.pem").read_bytes() != before
     assert _mismatches(made) == set()
     assert not list(made.rglob("*.new"))
@@ -323,8 +228,8 @@ def test_a_full_disk_changes_no_certificate(made, monkeypatch):
         sync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="cannot be written: No space left on device"):
-        setup.renew(made)
+    with pytest.raises(InputError, match="cannot be read or written: No space left on device"):
+        setup.make(made, [], host="", port=8443)
     assert _contents(made) == before
 
 
@@ -345,25 +250,15 @@ def test_a_renewal_that_ends_between_two_renames_leaves_one_pair_apart_at_most(
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(Path, "replace", replace)
-        setup.renew(made)
+        setup.make(made, [], host="", port=8443)
     after = _contents(made)
     assert after.keys() == before.keys()
     assert len(renamed) == min(done, 8)
     apart = _mismatches(made)
-    expected = {2: "gateway key fits", 5: "superlink key fits", 7: "statement key fits"}
+    expected = {2: "gateway key", 5: "superlink key", 7: "statement key"}
     assert apart == ({expected[done]} if done in expected else set())
-    setup.renew(made)
+    setup.make(made, [], host="", port=8443)
     assert _mismatches(made) == set()
-
-
-def test_an_institutions_own_public_key_is_never_overwritten(made):
-    public = made / "server" / "institutions" / "c.pub"
-    public.write_bytes(keys.make_node("c")[0])
-    before = public.read_bytes()
-    with pytest.raises(InputError, match=r"c\.pub is there already"):
-        setup.add(made, "c")
-    assert public.read_bytes() == before
-    assert not (made / "institutions" / "c").exists()
 
 
 def test_a_node_starts_only_with_a_key_of_its_own(made, tmp_path):

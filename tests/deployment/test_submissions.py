@@ -5,9 +5,7 @@ import dataclasses
 import json
 import shutil
 import socket
-import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -17,8 +15,8 @@ from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployment import keeper, keys, submissions, superlink_client
-from deployment.errors import FlowerError, Unanswered
+from deployment import keys, server, submissions, superlink_client
+from deployment.errors import FileError, FlowerError, Unanswered
 from fedlora.config import config
 from fedlora.errors import InputError
 
@@ -77,7 +75,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_INSTITUTIONS", str(tmp_path / "institutions"))
     monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("FEDLORA_SUPERLINK", "localhost:1")
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     return superlink_client.server()
 
 
@@ -141,63 +138,9 @@ def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed)
         RunDirectory(made.directory).check(config.from_flat(made.config))
 
 
-def test_a_submission_that_was_killed_before_its_record_keeps_no_name(here, link, deployed):
-    (here.results / "one").mkdir()
-    (here.results / "one" / ".submission.json.k1ll3d").touch()
-    assert submissions.submit(here, deployed, "one").state == "running"
-    (here.results / "two").mkdir()
-    (here.results / "two" / "notes.txt").touch()
-    with pytest.raises(InputError, match="two exists; give another --name"):
-        submissions.submit(here, deployed, "two")
-
-
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
     link.broken = FlowerError("the SuperLink is away")
     with pytest.raises(FlowerError):
-        submissions.submit(here, deployed, "one")
-    assert not (here.results / "one").exists()
-
-
-@pytest.mark.parametrize("command", ["submit", "resume"])
-def test_a_run_that_cannot_be_noted_is_one_line_and_is_taken_and_not_made_again(
-    here, link, deployed, tmp_path, monkeypatch, command
-):
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-    arguments = ["resume", "one"]
-    if command == "resume":
-        submissions.submit(here, deployed, "one")
-        submissions.stop(here, "one")
-    else:
-        arguments = ["submit", str(file), "--name", "one"]
-    write = submissions.write_atomic
-
-    def full(path, content):
-        if any(status == "running" for status, _ in link.runs.values()):
-            raise OSError(28, "No space left on device")
-        write(path, content)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(submissions, "write_atomic", full)
-        done = CliRunner().invoke(app, ["deploy", *arguments])
-    assert done.exit_code == 4
-    assert "No space left" in done.stderr and "unless it has begun" in done.stderr
-    assert done.stderr.count("\n") == 1 and not done.stdout
-    made = list(link.runs)
-    assert len(_pass(here)) == 1
-    assert list(link.runs) == made
-    found = submissions.find(here, "one")
-    assert (found.state, found.runs) == ("running", (made[-1],))
-
-
-def test_a_configuration_that_no_run_can_have_leaves_no_submission(
-    here, link, deployed, monkeypatch
-):
-    def refused(server, submission):
-        raise InputError("data.labels is wrong")
-
-    monkeypatch.setattr(submissions, "_start", refused)
-    with pytest.raises(InputError):
         submissions.submit(here, deployed, "one")
     assert not (here.results / "one").exists()
 
@@ -210,7 +153,7 @@ def test_a_run_that_was_made_without_an_answer_is_taken_and_not_made_again(
     here, link, deployed, error
 ):
     link.silent = error
-    with pytest.raises((Unanswered, KeyboardInterrupt)):
+    with pytest.raises((Unanswered, KeyboardInterrupt, OSError)):
         submissions.submit(here, deployed, "one")
     assert submissions.observe(here, "one").state == "running"
     assert len(_pass(here)) == 1
@@ -266,14 +209,15 @@ def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_databas
         (401, "", FlowerError),
     ],
 )
-def test_an_error_says_whether_the_superlink_may_have_done_it(code, body, kind):
+def test_an_error_says_whether_the_superlink_may_have_done_it(here, code, body, kind):
+    here.ca.write_bytes(keys.make_authority().pem)
     request = httpx.Request("POST", "https://x")
     error = httpx.ReadTimeout("x", request=request)
     if code:
         error = httpx.HTTPStatusError(
             "x", request=request, response=httpx.Response(code, text=body)
         )
-    with pytest.raises(FlowerError) as caught, superlink_client._errors():
+    with pytest.raises(FlowerError) as caught, superlink_client._superlink(here):
         raise error
     assert type(caught.value) is kind
 
@@ -287,25 +231,6 @@ def test_a_superlink_that_is_not_there_has_done_nothing(tmp_path, here):
         with pytest.raises(FlowerError) as caught:
             superlink_client.unfinished(away, "x")
     assert type(caught.value) is FlowerError
-
-
-def test_unfinished_runs_are_those_of_one_directory(here, monkeypatch):
-    def run(status, directory, pending):
-        made = Run(status=RunStatus(status=status), pending_at=pending)
-        made.override_config["run-dir"].string = directory
-        return made
-
-    said = ListRunsResponse(
-        run_dict={
-            1: run("pending", "/r/one", "2026-01-02"),
-            2: run("running", "/r/one", "2026-01-01"),
-            3: run("finished", "/r/one", "2026-01-03"),
-            4: run("running", "/r/two", "2026-01-03"),
-        }
-    )
-    link = SimpleNamespace(ListRuns=lambda request: said)
-    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(link))
-    assert superlink_client.unfinished(here, "/r/one") == ["2", "1"]
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a b", ".x"])
@@ -456,29 +381,12 @@ def test_a_stopped_run_stays_stopped(here, link, deployed):
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
-def test_a_failed_or_stopped_run_is_resumed_in_its_directory(here, link, deployed):
-    made = submissions.submit(here, deployed, "one")
-    _round(made, 1)
-    with pytest.raises(InputError, match="one is running; only a failed or stopped run"):
-        submissions.resume(here, "one")
-    link.runs["1"] = ("finished:failed", "ServerApp failed with exception: 0 institutions")
-    assert _pass(here) == ["one failed: 0 institutions"]
-    again = submissions.resume(here, "one")
-    assert (again.state, again.details, again.rounds, again.tries) == ("running", "", 1, 1)
-    assert again.runs == ("1", "2") and link.configs[0] == link.configs[1]
-    submissions.stop(here, "one")
-    assert submissions.resume(here, "one").runs == ("1", "2", "3")
-    _finish(submissions.find(here, "one"), link)
-    with pytest.raises(InputError, match="one is completed"):
-        submissions.resume(here, "one")
-
-
 def test_resuming_without_the_superlink_changes_nothing(here, link, deployed):
     submissions.submit(here, deployed, "one")
     stopped = submissions.stop(here, "one")
     link.broken = FlowerError("away")
     with pytest.raises(FlowerError):
-        submissions.resume(here, "one")
+        submissions.submit(here, deployed, "one")
     assert submissions.find(here, "one") == stopped
 
 
@@ -490,8 +398,8 @@ def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deploye
     submissions.submit(here, deployed, "one")
     submissions.stop(here, "one")
     link.silent, link.broken = (error, None) if made else (None, error)
-    with pytest.raises((Unanswered, KeyboardInterrupt)):
-        submissions.resume(here, "one")
+    with pytest.raises((Unanswered, KeyboardInterrupt, OSError)):
+        submissions.submit(here, deployed, "one")
     link.silent = link.broken = None
     assert submissions.observe(here, "one").state == "running"
     assert len(_pass(here, since=time.monotonic())) == 1
@@ -499,33 +407,6 @@ def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deploye
     assert (found.state, found.runs[-1]) == ("running", "2")
     assert list(link.runs) == ["1", "2"]
     assert link.runs["2"] == ("running", "")
-
-
-def test_stopping_a_resumed_run_without_an_answer_stops_it(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    submissions.stop(here, "one")
-    link.silent = Unanswered("no answer")
-    with pytest.raises(Unanswered):
-        submissions.resume(here, "one")
-    assert submissions.stop(here, "one").details == "stopped by the operator"
-    assert link.runs["2"] == ("finished:stopped", "")
-
-
-def test_one_submission_that_cannot_be_written_holds_up_no_other(here, link, deployed, monkeypatch):
-    for name in ("one", "two"):
-        submissions.submit(here, deployed, name)
-    link.runs.clear()
-    start = submissions._start
-
-    def full(server, submission):
-        if submission.name == "one":
-            raise OSError(28, "No space left on device")
-        return start(server, submission)
-
-    monkeypatch.setattr(submissions, "_start", full)
-    first, second = sorted(_pass(here))
-    assert first.startswith("one: ") and "No space left" in first
-    assert second.startswith("two continues")
 
 
 BAD_RECORDS = {
@@ -556,136 +437,14 @@ def test_a_record_that_cannot_be_read_waits_is_kept_and_holds_up_no_other(here, 
         actions, waiting = submissions.proceed(here, since=time.monotonic() - 9)
         assert [line.partition(" after")[0] for line in actions] == ["two continues"]
         assert list(waiting) == ["one"] and str(bad) in waiting["one"]
-        assert ("restore it from a copy" in waiting["one"]) == (not bad.is_dir())
     # its run is neither stopped nor started again, and its record stays as it is
     assert link.runs["1"] == ("running", "")
     assert all(sent["run-dir"].endswith("two") for sent in link.configs[1:])
     assert bad.is_dir() if before is None else bad.read_text() == before
 
 
-def test_commands_name_a_record_that_cannot_be_read_and_show_the_others(here, bad):
-    done = CliRunner().invoke(app, ["deploy", "status"])
-    assert done.exit_code == 4 and done.stdout == "two: running\n"
-    assert done.stderr.startswith("error: one: ") and str(bad) in done.stderr
-    done = CliRunner().invoke(app, ["deploy", "status", "--json"])
-    (shown,) = json.loads(done.stdout)["submissions"]
-    assert done.exit_code == 4 and (shown["name"], shown["state"]) == ("two", "running")
-    for command in ("status", "stop", "results", "resume"):
-        done = CliRunner().invoke(app, ["deploy", command, "one"])
-        assert done.exit_code == 4 and not done.stdout
-        assert str(bad) in done.stderr
-        assert ("restore it from a copy" in done.stderr) == (not bad.is_dir())
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"name": "two"},
-        {"state": "complete"},
-        {"runs": [1]},
-        {"runs": ["x"]},
-        {"runs": [str(2**64)]},
-        {"tries": "1"},
-        {"rounds": None},
-        {"config": []},
-        {"config": {"run-dir": 1}},
-    ],
-    ids=str,
-)
-def test_a_record_with_a_value_that_it_cannot_have_is_not_followed(here, link, deployed, change):
-    submissions.submit(here, deployed, "one")
-    file = here.results / "one" / "submission.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    _, waiting = submissions.proceed(here, since=time.monotonic() - 9)
-    assert str(file) in waiting["one"] and link.runs == {"1": ("running", "")}
-    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 4
-
-
-def test_a_copied_directory_is_no_second_record_of_its_run(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    shutil.copytree(here.results / "one", here.results / "copy")
-    _finish(submissions.find(here, "one"), link)
-    assert submissions.observe(here, "one").state == "completed"
-    actions, waiting = submissions.proceed(here)
-    assert not actions and list(waiting) == ["copy"] and len(link.runs) == 1
-    assert f"is the record of {here.results / 'one'}; if" in waiting["copy"]
-    assert "move the copy out of" in waiting["copy"]
-
-
-def test_results_that_were_copied_elsewhere_are_not_followed(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    other = dataclasses.replace(here, results=here.results.parent / "restored")
-    shutil.copytree(here.results, other.results)
-    actions, waiting = submissions.proceed(other)
-    assert not actions and f"is the record of {here.results / 'one'}" in waiting["one"]
-    assert len(link.runs) == 1
-
-
-def test_results_that_cannot_be_listed_are_not_empty(here, link, deployed, monkeypatch):
-    submissions.submit(here, deployed, "one")
-    monkeypatch.setattr(Path, "iterdir", _denied)
-    done = CliRunner().invoke(app, ["deploy", "status"])
-    assert done.exit_code == 4 and not done.stdout
-    assert done.stderr.startswith(f"error: {here.results} cannot be read: Permission denied; give")
-
-
-def _denied(path, *_, **__):
-    raise PermissionError(13, "Permission denied", str(path))
-
-
 def _full(path, *_):
     raise OSError(28, "No space left on device")  # as a write does, without the file's name
-
-
-DISK_ERRORS = [
-    # command, function that fails, its error, file, words of the message
-    ("status", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
-    ("stop", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
-    ("results", "read_text", _denied, "one/submission.json", "cannot be read: Permission denied"),
-    ("status", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
-    ("stop", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
-    ("results", "write_atomic", _full, "one/submission.json", "cannot be written: No space left"),
-]
-
-
-@pytest.mark.parametrize(("command", "failing", "error", "file", "words"), DISK_ERRORS)
-def test_a_disk_error_is_one_line_with_file_cause_and_remedy_and_no_state(
-    here, link, deployed, monkeypatch, command, failing, error, file, words
-):
-    _finish(submissions.submit(here, deployed, "one"), link)
-    if command == "stop":
-        link.runs["1"] = ("running", "")
-    with monkeypatch.context() as patched:
-        if failing == "read_text":
-            patched.setattr(Path, failing, error)
-        else:
-            patched.setattr(submissions, "write_atomic", error)
-        done = CliRunner().invoke(app, ["deploy", command, "one"])
-    assert done.exit_code == 4 and not done.stdout
-    assert f"error: {here.results / file} {words}" in done.stderr
-    assert done.stderr.count("\n") == 1 and "; " in done.stderr
-    # the same command works once the disk does
-    again = CliRunner().invoke(app, ["deploy", command, "one"])
-    assert again.exit_code == 0 and not again.stderr
-
-
-def test_a_server_that_cannot_write_flowers_configuration_does_not_start(here, monkeypatch):
-    monkeypatch.setattr(superlink_client, "write_atomic", _full)
-    done = CliRunner().invoke(app, ["deploy", "server"])
-    assert done.exit_code == 4 and not done.stdout and done.stderr.count("\n") == 1
-    assert f"error: {here.home / 'config.toml'} cannot be written: No space left" in done.stderr
-
-
-@pytest.mark.parametrize("content", [None, "", "[1]", '{"accuracy": 0.'])
-def test_a_result_that_cannot_be_read_is_named(here, link, deployed, content):
-    _finish(submissions.submit(here, deployed, "one"), link)
-    assert submissions.observe(here, "one").state == "completed"
-    file = here.results / "one" / "result.json"
-    file.unlink() if content is None else file.write_text(content)
-    done = CliRunner().invoke(app, ["deploy", "results", "one"])
-    assert done.exit_code == 4 and not done.stdout and "result.json" in done.stderr
-    assert done.stderr.startswith(f"error: {file} ") and done.stderr.count("\n") == 1
 
 
 def test_rounds_that_cannot_be_read_are_named_and_the_run_does_not_begin_anew(here, link, deployed):
@@ -693,57 +452,9 @@ def test_rounds_that_cannot_be_read_are_named_and_the_run_does_not_begin_anew(he
     stopped = submissions.stop(here, "one")
     file = here.results / "one" / "rounds.jsonl"
     file.write_text("{\n")
-    done = CliRunner().invoke(app, ["deploy", "resume", "one"])
-    assert done.exit_code == 4 and str(file) in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(FileError, match=str(file)):
+        submissions.submit(here, deployed, "one")
     assert submissions.find(here, "one") == stopped and list(link.runs) == ["1"]
-
-
-def test_a_submission_that_cannot_be_written_leaves_nothing(here, link, deployed, tmp_path):
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-    arguments = ["deploy", "submit", str(file), "--name", "one"]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            submissions, "write_atomic", lambda path, _: path.parent.mkdir() or _full(0)
-        )
-        done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 4 and "submission.json cannot be written" in done.stderr
-    assert done.stderr.count("\n") == 1 and not link.runs and not submissions.names(here)
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-
-
-def test_of_two_submissions_of_one_name_at_once_the_second_is_refused(
-    here, link, deployed, monkeypatch
-):
-    locked = submissions.alone
-
-    @contextlib.contextmanager
-    def waiting(directory):  # another process held the lock and submitted this name
-        monkeypatch.setattr(submissions, "alone", locked)
-        submissions.submit(here, deployed, "one")
-        with locked(directory):
-            yield
-
-    monkeypatch.setattr(submissions, "alone", waiting)
-    with pytest.raises(InputError, match="another --name"):
-        submissions.submit(here, deployed, "one")
-    assert submissions.find(here, "one").runs == ("1",) and list(link.runs) == ["1"]
-
-
-def test_a_start_that_cannot_be_undone_stays_a_submission(here, link, deployed, monkeypatch):
-    submissions.submit(here, deployed, "one")
-    submissions.stop(here, "one")
-    write = submissions.write_atomic
-
-    def full_after_the_first(path, content):
-        monkeypatch.setattr(submissions, "write_atomic", _full)
-        write(path, content)
-
-    link.broken = FlowerError("away")
-    monkeypatch.setattr(submissions, "write_atomic", full_after_the_first)
-    with pytest.raises(Unanswered, match="No space left"):
-        submissions.resume(here, "one")
-    assert submissions.find(here, "one").state == "running"
 
 
 def test_on_a_full_disk_flower_gets_no_run_that_cannot_be_recorded(
@@ -760,32 +471,6 @@ def test_on_a_full_disk_flower_gets_no_run_that_cannot_be_recorded(
     assert _pass(here) == ["one continues after round 0 as Flower's run 2"]
 
 
-def test_status_says_why_a_run_waits_until_it_goes_on(here, link, deployed):
-    made = submissions.submit(here, deployed, "one")
-    link.runs["1"] = ("finished:failed", submissions.INTERRUPTED[0])
-    link.broken = FlowerError("the SuperLink refuses")
-    for _ in range(2):
-        submissions.proceed(here)
-    done = CliRunner().invoke(app, ["deploy", "status", "one"])
-    assert done.exit_code == 3 and done.stdout == "one: running: the SuperLink refuses\n"
-    link.broken = None
-    submissions.proceed(here)
-    assert CliRunner().invoke(app, ["deploy", "status", "one"]).stdout == "one: running\n"
-    again = submissions.find(here, "one")
-    assert (again.details, again.tries, again.config) == ("", made.tries + 1, made.config)
-
-
-def test_a_problem_that_passes_without_a_start_is_no_longer_shown(
-    here, link, deployed, monkeypatch
-):
-    submissions.submit(here, deployed, "one")
-    with monkeypatch.context() as patched:
-        patched.setattr(superlink_client, "status", lambda *_: _raise(FlowerError("500")))
-        submissions.proceed(here)
-    assert submissions.find(here, "one").details == "500"
-    assert _pass(here) == [] and submissions.find(here, "one").details == ""
-
-
 def _raise(error):
     raise error
 
@@ -795,9 +480,9 @@ def looks(here, monkeypatch, caplog):
     """Passes of the keeper, ``seconds`` after the one before, and what each logged."""
     caplog.set_level("INFO")
     now = [1000.0]
-    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(superlink_client, "register", lambda _: {})
-    made = keeper.Keeper(here, since=time.monotonic())
+    made = server.Keeper(here, since=time.monotonic())
 
     def look(seconds=5.0):
         now[0] += seconds
@@ -806,64 +491,6 @@ def looks(here, monkeypatch, caplog):
         return caplog.messages
 
     return look
-
-
-def test_a_problem_is_logged_when_its_reason_changes_and_once_an_hour(looks, monkeypatch):
-    waiting = {}
-    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], dict(waiting)))
-
-    def logged(seconds, **found):
-        waiting.clear()
-        waiting.update(found)
-        return looks(seconds)
-
-    assert logged(5, one="full disk", two="500") == ["one: full disk", "two: 500"]
-    assert logged(5, one="full disk", two="500") == []
-    assert logged(5, one="no permission", two="500") == ["one: no permission"]
-    assert logged(keeper.REPEAT_SECONDS - 6, one="no permission", two="500") == ["two: 500"]
-    assert logged(6, one="no permission", two="500") == ["one: no permission"]
-    assert logged(5, two="500") == []
-    assert logged(5, one="no permission", two="500") == ["one: no permission"]  # it is back
-
-
-def test_institutions_are_registered_again_each_minute_and_at_once_after_a_change(
-    here, looks, monkeypatch
-):
-    outcomes, calls = {"a": "registered", "b": "no key"}, []
-
-    def register(server):
-        calls.append(server)
-        if "error" in outcomes:
-            raise FlowerError(outcomes["error"])
-        return dict(outcomes)
-
-    monkeypatch.setattr(superlink_client, "register", register)
-    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], {}))
-    assert looks() == ["institution a: registered", "institution b: no key"]
-    outcomes["a"] = "already registered"
-    assert looks(keeper.REGISTER_SECONDS - 1) == [] and len(calls) == 1
-    assert looks(1) == [] and len(calls) == 2
-    outcomes["a"] = "registered"  # the SuperLink has lost its database
-    assert looks(keeper.REGISTER_SECONDS) == ["institution a: registered"] and len(calls) == 3
-    outcomes["b"] = "registered"
-    (here.institutions / "b.pub").touch()
-    assert "institution b: registered" in looks(1) and len(calls) == 4
-    outcomes["error"] = "the SuperLink is away"
-    looks(keeper.REGISTER_SECONDS)
-    looks(5)  # what failed is not put off for a minute
-    assert len(calls) == 6
-
-
-def test_the_servers_log_has_one_line_for_a_submission_that_fails_in_every_pass(
-    here, link, deployed, looks
-):
-    for name in ("one", "two"):
-        submissions.submit(here, deployed, name)
-    (here.results / "one" / "rounds.jsonl").write_text("{\n")
-    (here.results / "two" / "submission.json").write_text("")
-    link.runs.clear()
-    assert sorted(line.partition(":")[0] for line in looks()) == ["one", "two"]
-    assert looks() == []
 
 
 def test_runs_continue_where_institutions_cannot_be_registered(
@@ -875,19 +502,6 @@ def test_runs_continue_where_institutions_cannot_be_registered(
     lines = looks()
     assert any(line.startswith("one continues") for line in lines)
     assert "institutions are not registered: 500" in lines
-
-
-def test_an_institution_is_registered_again_until_its_files_can_be_read(looks, monkeypatch):
-    answers = [
-        {"a": "registered", "b": "b.pub cannot be read"},
-        {"a": "already registered", "b": "b.pub cannot be read"},
-        {"a": "already registered", "b": "registered"},
-    ]
-    monkeypatch.setattr(superlink_client, "register", lambda _: answers.pop(0))
-    assert looks() == ["institution a: registered", "institution b: b.pub cannot be read"]
-    assert looks(keeper.REGISTER_SECONDS) == []
-    assert looks(keeper.REGISTER_SECONDS) == ["institution b: registered"]
-    assert looks() == [] and not answers
 
 
 @pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
@@ -905,16 +519,6 @@ def test_a_request_that_fails_for_one_submission_holds_up_no_other(
     monkeypatch.setattr(superlink_client, "status", status)
     first, second = sorted(_pass(here, since=time.monotonic() - 9))
     assert first == "one: 500" and second.startswith("two continues")
-
-
-@pytest.mark.parametrize("file", ["rounds.jsonl", "submission.json"])
-def test_a_submission_whose_files_are_damaged_holds_up_no_other(here, link, deployed, file):
-    for name in ("one", "two"):
-        submissions.submit(here, deployed, name)
-    damaged = {"name": "one", "runs": ["1"], "config": {}}
-    (here.results / "one" / file).write_text(json.dumps(damaged) if "sub" in file else "{\n")
-    first, second = sorted(_pass(here, since=time.monotonic() - 9))
-    assert first.startswith("one: ") and second.startswith("two continues")
 
 
 def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, deployed, monkeypatch):
@@ -948,89 +552,6 @@ def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deploye
     assert shown == [1, 2]
 
 
-def test_waiting_reads_each_round_once(here, link, deployed, monkeypatch):
-    made = submissions.submit(here, deployed, "one")
-
-    def damaged():
-        with (made.directory / "rounds.jsonl").open("r+b") as file:
-            file.write(b"x")  # no JSON any more
-
-    steps = iter(
-        [
-            lambda: (_round(made, 1), _round(made, 2)),
-            lambda: (damaged(), _round(made, 3)),
-            lambda: _finish(submissions.find(here, "one"), link),
-            lambda: _pass(here),
-        ]
-    )
-    monkeypatch.setattr(submissions.time, "sleep", lambda _: next(steps)())
-    shown = []
-    assert submissions.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
-    assert shown == [1, 2, 3]
-
-
-def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path):
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-    cli = CliRunner()
-    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 0
-    assert cli.invoke(app, ["deploy", "status", "one"]).exit_code == 3
-    assert cli.invoke(app, ["deploy", "results", "one"]).exit_code == 1
-    _finish(submissions.find(here, "one"), link)
-    assert cli.invoke(app, ["deploy", "status", "one", "--json"]).exit_code == 0
-    got = cli.invoke(app, ["deploy", "results", "one", "--json"])
-    assert json.loads(got.stdout) == {"accuracy": 0.5}
-    assert cli.invoke(app, ["deploy", "results", "two"]).exit_code == 2
-    assert cli.invoke(app, ["deploy", "resume", "one"]).exit_code == 2
-    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "two"]).exit_code == 0
-    assert cli.invoke(app, ["deploy", "stop", "two"]).exit_code == 0
-    resumed = cli.invoke(app, ["deploy", "resume", "two"])
-    assert resumed.exit_code == 0 and "two: continues after round 0" in resumed.stdout
-    assert cli.invoke(app, ["deploy", "submit", str(file), "--name", "one"]).exit_code == 2
-
-
-@pytest.mark.parametrize("command", ["submit", "status", "results", "stop", "resume", "register"])
-def test_a_superlink_that_is_away_is_one_line_and_a_code_of_its_own(
-    here, link, deployed, tmp_path, monkeypatch, command
-):
-    def away(*_):
-        raise FlowerError("the SuperLink is away")
-
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-    submissions.submit(here, deployed, "one")
-    for name in ("start", "status", "stop", "unfinished", "register"):
-        monkeypatch.setattr(superlink_client, name, away)
-    arguments = {"submit": [str(file), "--name", "two"], "register": []}.get(command, ["one"])
-    done = CliRunner().invoke(app, ["deploy", command, *arguments])
-    assert done.exit_code == 4
-    assert done.stderr == "error: the SuperLink is away\n"
-    assert not done.stdout
-    assert submissions.names(here) == ["one"]
-
-
-def test_submitting_without_an_answer_says_that_the_run_may_begin(here, link, deployed, tmp_path):
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-    link.silent = Unanswered("ReadTimeout")
-    done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one"])
-    assert done.exit_code == 4
-    assert "one is kept" in done.stderr
-    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
-    assert CliRunner().invoke(app, ["deploy", "status"]).exit_code == 0
-
-
-def test_resuming_without_an_answer_says_that_the_run_may_begin(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    submissions.stop(here, "one")
-    link.silent = Unanswered("ReadTimeout")
-    done = CliRunner().invoke(app, ["deploy", "resume", "one"])
-    assert done.exit_code == 4
-    assert "The server starts one unless it has begun" in done.stderr
-    assert "`stop one`" in done.stderr
-    assert CliRunner().invoke(app, ["deploy", "status", "one"]).exit_code == 3
-
-
 def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):
     file = tmp_path / "run.toml"
     file.write_text(deployed.to_toml())
@@ -1054,30 +575,72 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
     for name in ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("FEDLORA_SUPERLINK", "x")
-    monkeypatch.setenv("FLWR_HOME", "y")
     with pytest.raises(InputError, match=r"ca\.crt is missing"):
         superlink_client.server()
 
 
-def test_two_servers_never_run_in_one_directory(tmp_path):
-    from fedlora.runs.run_files import alone
-
-    held = threading.Event()
-
-    def second():
-        with alone(tmp_path):
-            held.set()
-
-    with alone(tmp_path):
-        other = threading.Thread(target=second)
-        other.start()
-        assert not held.wait(0.2)
-    assert held.wait(10)
-    other.join()
-    with alone(tmp_path / "not-there"):
-        assert not (tmp_path / "not-there").exists()
+def test_a_failed_or_stopped_run_continues_in_its_directory(here, link, deployed):
+    made = submissions.submit(here, deployed, "one")
+    _round(made, 1)
+    link.runs["1"] = ("finished:failed", "ServerApp failed with exception: 0 institutions")
+    assert _pass(here) == ["one failed: 0 institutions"]
+    with pytest.raises(InputError, match="under another configuration"):
+        submissions.submit(here, deployed.replace({"federation.rounds": 7}), "one")
+    again = submissions.submit(here, deployed, "one")
+    assert (again.state, again.details, again.rounds, again.tries) == ("running", "", 1, 1)
+    assert again.runs == ("2",) and link.configs[0] == link.configs[1]
+    submissions.stop(here, "one")
+    assert submissions.submit(here, deployed, "one").runs == ("3",)
+    _finish(submissions.find(here, "one"), link)
+    with pytest.raises(InputError, match="one is completed"):
+        submissions.submit(here, deployed, "one")
 
 
-def test_the_app_that_is_packed_is_the_installed_one():
-    assert (submissions.APP / "pyproject.toml").exists()
-    assert Path(submissions.__file__).is_relative_to(submissions.APP)
+def test_institutions_are_registered_again_each_minute_and_at_once_after_a_change(
+    here, looks, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(
+        superlink_client, "register", lambda _: calls.append(1) or {"a": "registered", "b": "no"}
+    )
+    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], {"one": "full disk"}))
+    said = ["institution a: registered", "institution b: no"]
+    assert looks() == [*said, "one: full disk"]
+    assert looks(server.REGISTER_SECONDS - 1) == [] and len(calls) == 1
+    assert looks(1) == said and len(calls) == 2
+    (here.institutions / "b.pub").touch()
+    assert looks(1) == said and len(calls) == 3
+
+
+def test_a_copied_or_a_moved_directory_is_no_record_of_a_run(here, link, deployed):
+    submissions.submit(here, deployed, "one")
+    shutil.copytree(here.results / "one", here.results / "copy")
+    _finish(submissions.find(here, "one"), link)
+    assert submissions.observe(here, "one").state == "completed"
+    actions, waiting = submissions.proceed(here)
+    assert not actions and list(waiting) == ["copy"] and len(link.runs) == 1
+
+
+def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path, monkeypatch):
+    file = tmp_path / "run.toml"
+    file.write_text(deployed.to_toml())
+
+    def code(*arguments):
+        return CliRunner().invoke(app, ["deploy", *arguments]).exit_code
+
+    assert code("submit", str(file), "--name", "one") == 0
+    assert code("submit", str(file), "--name", "one") == 2  # it runs
+    listed = CliRunner().invoke(app, ["deploy", "list", "--json"])
+    (one,) = json.loads(listed.stdout)["submissions"]
+    assert listed.exit_code == 0 and (one["name"], one["state"]) == ("one", "running")
+    assert code("stop", "one") == code("submit", str(file), "--name", "one") == 0
+    assert code("stop", "two") == 2
+    (here.results / "two").mkdir()
+    (here.results / "two" / "submission.json").write_text("{")
+    listed = CliRunner().invoke(app, ["deploy", "list"])
+    assert listed.exit_code == 4 and "two" in listed.stderr and "one: running" in listed.stdout
+    link.broken = FlowerError("the SuperLink is away")
+    assert code("submit", str(file), "--name", "three") == 4
+    link.broken, link.silent = None, Unanswered("ReadTimeout")
+    assert code("submit", str(file), "--name", "four") == 4
+    assert submissions.find(here, "four").state == "running"

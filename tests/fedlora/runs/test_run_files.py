@@ -75,7 +75,7 @@ def test_a_result_that_is_missing_or_broken_is_refused_with_its_directory(tmp_pa
         run_files.read_run_file(tmp_path)
     assert str(tmp_path) in str(caught.value) and "fedlora run --resume" in str(caught.value)
     (tmp_path / "submission.json").touch()  # of a deployment
-    with pytest.raises(InputError, match=f"fedlora deploy resume {tmp_path.name}`"):
+    with pytest.raises(InputError, match=f"fedlora deploy submit --name {tmp_path.name}`"):
         run_files.read_run_file(tmp_path)
 
 
