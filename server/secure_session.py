@@ -232,11 +232,7 @@ class SecureSession:
         self._ask(
             one.unmask_order(), wire.UNMASK, nodes, UnmaskMessage, one.add_shares, one.has_shares
         )
-        try:
-            words = one.total()
-        finally:
-            for name, code in one.culprits.items():
-                log.warning("round %d, %s: %s", this_round.number, name, code)
+        words = one.total()
         sizes = [collected.sizes[name] for name in collected.survivors]
         return words[: this_round.words], sizes
 

@@ -11,14 +11,15 @@ A message that is refused changes nothing, so the caller notes its code and goes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedlora.errors import Refusal
-from fedlora.secure import masks, secure_aggregation
+from fedlora.secure import masks, secure_aggregation, shamir
 from fedlora.secure.secure_aggregation import (
     WORD_BYTES,
     KeysMessage,
@@ -32,7 +33,6 @@ from fedlora.secure.secure_aggregation import (
     UnmaskMessage,
     UnmaskOrder,
 )
-from server import secure_shares
 
 
 class SecureSetup:
@@ -127,11 +127,6 @@ class SecureRound:
         digest: `MaskedOrder.digest`.
     """
 
-    culprits: Mapping[str, str]
-    """After `total`: institution -> ``secure-wrong-share`` or ``secure-absent-share``. More than t
-    bad shares of one dealer show that the dealer is at fault; fewer are laid upon their holders,
-    though the dealer may have dealt them so."""
-
     def __init__(self, setup: SecureSetup, number: int, digest: bytes) -> None:
         self._setup, self._terms = setup, setup.terms
         self._keys = setup.keys
@@ -142,7 +137,6 @@ class SecureRound:
         self._masked: set[str] = set()
         self._signatures: dict[str, bytes] = {}
         self._shares: dict[str, tuple[bytes, ...]] = {}
-        self.culprits = {}
 
     def masked_order(self, name: str, *, with_shares: bool) -> MaskedOrder:
         """The order for an institution; ``with_shares`` until one of its vectors arrived."""
@@ -275,8 +269,7 @@ class SecureRound:
 
         Raises:
             Refusal: ``secure-shares-few`` if fewer than the threshold sent shares, or
-                ``secure-shares-wrong`` that names the institution whose secret the shares do not
-                give. The round is given up; more shares may be added first.
+                ``secure-shares-wrong`` if the shares of a secret do not give it. The round is void.
         """
         survivors = frozenset(self.list_order().survivors)
         secrets = self._reveal(survivors)
@@ -298,15 +291,35 @@ class SecureRound:
             public = X25519PrivateKey.from_private_bytes(secret).public_key()
             return public.public_bytes_raw() == keys.mask(number)
 
-        held = {
-            dealer: {holder: shares[position] for holder, shares in sorted(self._shares.items())}
+        return {
+            dealer: self._secret(position, dealer, is_right)
             for position, dealer in enumerate(terms.names)
         }
-        revealed = secure_shares.reveal(terms, held, is_right)
-        self.culprits = revealed.culprits
-        if revealed.refusal is not None:
-            raise revealed.refusal
-        return dict(revealed.secrets)
+
+    def _secret(self, position: int, dealer: str, is_right: Callable[[str, bytes], bool]) -> bytes:
+        """A dealer's secret, checked against what it published: a wrong one is never used."""
+        terms = self._terms
+        shares = {
+            terms.points[holder]: sent[position]
+            for holder, sent in sorted(self._shares.items())
+            if len(sent[position]) == shamir.SHARE_BYTES
+        }
+        if len(shares) < terms.threshold:
+            raise Refusal(
+                "secure-shares-few",
+                f"{len(shares)} institutions sent a share of {dealer}'s secret, below "
+                f"{terms.threshold}; the round is void",
+            )
+        value = shamir.combine(dict(itertools.islice(shares.items(), terms.threshold)))
+        if value < 2 ** (8 * shamir.SECRET_BYTES):
+            secret = value.to_bytes(shamir.SECRET_BYTES, "big")
+            if is_right(dealer, secret):
+                return secret
+        raise Refusal(
+            "secure-shares-wrong",
+            f"the shares of {dealer}'s secret do not give it, so {dealer} or one of those who "
+            f"answered ({', '.join(sorted(self._shares))}) is at fault; the round is void",
+        )
 
     def _remove_pairs(
         self, words: np.ndarray, dead: str, private: bytes, survivors: Collection[str]

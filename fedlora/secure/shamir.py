@@ -10,7 +10,6 @@ Reference: Shamir (1979), How to share a secret.
 from __future__ import annotations
 
 import functools
-import itertools
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -52,71 +51,12 @@ def combine(shares: Mapping[int, bytes], at: int = 0) -> int:
     return total % PRIME
 
 
-def correct(shares: Mapping[int, bytes], threshold: int) -> list[int] | None:
-    """The polynomial on which all shares lie but at most half of those above the threshold.
-
-    Args:
-        shares: Point -> share, at least ``threshold``.
-        threshold: Number of coefficients.
-
-    Returns:
-        Its coefficients, that of the lowest degree first; None where there is no such polynomial.
-        With more wrong shares it may be another than the dealt one, so the caller must check the
-        secret.
-
-    Reference: Gao (2003), A new algorithm for decoding Reed-Solomon codes.
-    """
-    points = tuple(shares)
-    whole = [1]  # the product of x - point over all points
-    for point in points:
-        whole = _add([0, *whole], [-point * c for c in whole])
-    through: list[int] = []  # the polynomial through all shares
-    for point, inverse in zip(points, _inverses(points), strict=True):
-        weight = int.from_bytes(shares[point], "big") * inverse % PRIME
-        others = _divided(whole, [-point, 1])[0]
-        through = _add(through, [weight * c for c in others])
-    last, rest, before, factor = whole, through, [], [1]
-    while 2 * (len(rest) - 1) >= len(points) + threshold:
-        quotient, remainder = _divided(last, rest)
-        last, rest = rest, remainder
-        before, factor = factor, _add(before, [-c for c in _multiplied(quotient, factor)])
-    found, remainder = _divided(rest, factor)
-    return None if remainder or len(found) > threshold else found
-
-
 def value(coefficients: Sequence[int], at: int) -> int:
     """The value of a polynomial; the lowest coefficient comes first."""
     found = 0
     for coefficient in reversed(coefficients):
         found = (found * at + coefficient) % PRIME
     return found
-
-
-def _add(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """The sum of two polynomials, without leading zeros."""
-    found = [(a + b) % PRIME for a, b in itertools.zip_longest(one, other, fillvalue=0)]
-    while found and not found[-1]:
-        found.pop()
-    return found
-
-
-def _multiplied(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    found = [0] * max(0, len(one) + len(other) - 1)
-    for i, a in enumerate(one):
-        for j, b in enumerate(other):
-            found[i + j] = (found[i + j] + a * b) % PRIME
-    return found
-
-
-def _divided(one: Sequence[int], other: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Quotient and remainder of two polynomials; the second is not 0."""
-    rest, inverse = list(one), pow(other[-1], -1, PRIME)
-    quotient = [0] * max(0, len(one) - len(other) + 1)
-    for at in reversed(range(len(quotient))):
-        quotient[at] = factor = rest[at + len(other) - 1] * inverse % PRIME
-        for i, c in enumerate(other):
-            rest[at + i] = (rest[at + i] - factor * c) % PRIME
-    return quotient, _add(rest[: len(other) - 1], [])
 
 
 @functools.lru_cache(maxsize=4)
