@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -43,11 +44,16 @@ class Trainer:
     """The trainer's process, which answers one message after the other."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._spawn = multiprocessing.get_context("spawn")
         self._start()
 
     def answer(self, message: Message, context: Context) -> Message:
         """The app's answer; its refusal ``timed-out``, or Flower's error for a crashed app."""
+        with self._lock:
+            return self._answer(message, context)
+
+    def _answer(self, message: Message, context: Context) -> Message:
         seconds = max_seconds(context)
         try:
             self._connection.send((message, context))
@@ -112,7 +118,9 @@ def main() -> None:
     trainer = Trainer()
     try:
         for token in tasks.acquire(address, secret.read_bytes(), TaskType.CLIENT_APP):
-            serve(tasks.connect(address, token), trainer)
+            # a thread a task: the parts of a message of a run that has ended may never arrive
+            arguments = (tasks.connect(address, token), trainer)
+            threading.Thread(target=serve, args=arguments, daemon=True).start()
     finally:
         trainer.kill()
 
