@@ -8,19 +8,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from deployment import service
 from deployment.errors import FlowerError, in_words
+from fedlora.config import gone
 from fedlora.errors import InputError
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 if TYPE_CHECKING:
     from deployment.submissions import Submission
 
+
+class _Commands(TyperGroup):
+    """The operator's commands; one that is gone answers with what to use."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if use := gone.COMMANDS.get(f"deploy {cmd_name}"):
+            ERRORS.write_line(f"error: deploy {cmd_name} is gone; {use}")
+            raise typer.Exit(2)
+        return super().get_command(ctx, cmd_name)
+
+
 app = typer.Typer()
 deploy = typer.Typer(
-    no_args_is_help=True, help="A federation on separate machines (docs/deployment.md)."
+    cls=_Commands,
+    no_args_is_help=True,
+    help="A federation on separate machines (docs/deployment.md).",
 )
 app.add_typer(deploy, name="deploy")
 PLAIN = Terminal()

@@ -41,12 +41,12 @@ def signer(config: RunConfig) -> Signer | None:
     except (OSError, ValueError) as error:
         raise InputError(
             f"the key for privacy statements in {folder} cannot be used ({error}); make a new one "
-            "with `fedlora deploy renew`"
+            "with `fedlora deploy init`"
         ) from None
     if found is None:
         log.warning(
             "privacy.json will have no signature, and `fedlora verify` will refuse it: there is no "
-            "%s in %s; make one with `fedlora deploy renew`",
+            "%s in %s; make one with `fedlora deploy init`",
             KEY,
             folder if KEYS in os.environ else f"${KEYS}, which is not set",
         )

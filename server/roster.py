@@ -215,7 +215,7 @@ class Roster:
         if code == "not-registered":
             return (
                 f"{folder / NODES} does not name the node, or cannot be read; "
-                "`fedlora deploy register` writes it"
+                "the server writes it at its start"
             )
         name = self._names[node]
         return (

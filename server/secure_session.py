@@ -305,7 +305,7 @@ class SecureSession:
             return {str(name): peers.read(key.encode(), file) for name, key in keys.items()}
         except (OSError, ValueError, AttributeError) as error:
             raise RunFailed(
-                f"{file} holds no public keys ({error}); `fedlora deploy register` writes it"
+                f"{file} holds no public keys ({error}); the server writes it at its start"
             ) from None
 
     def _finished(self) -> SecureSetup:

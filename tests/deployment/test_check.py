@@ -450,3 +450,8 @@ def test_peers_are_checked_and_their_fingerprints_shown(pinned, gateway):
         assert _failed(check.institution(pinned)) == {"peers"}
         pinned.write_text(text)
         (folder / "c.pub").write_bytes(key)
+
+
+def test_a_command_that_is_gone_says_what_to_use():
+    done = CliRunner().invoke(app, ["deploy", "resume", "one"])
+    assert done.exit_code == 2 and "submit" in done.stderr

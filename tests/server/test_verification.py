@@ -517,9 +517,9 @@ def test_a_damaged_key_stops_a_run_and_a_missing_one_warns(
     values = {"data.source": "institutions", "data.institutions": 4, "data.labels": '["a", "b"]'}
     config = tiny_config(**values)
     monkeypatch.setenv(binding.KEYS, str(tmp_path))
-    assert binding.signer(config) is None and "deploy renew" in caplog.text
+    assert binding.signer(config) is None and "deploy init" in caplog.text
     (tmp_path / seal.KEY).write_text("no key")
-    with pytest.raises(InputError, match="deploy renew"):
+    with pytest.raises(InputError, match="deploy init"):
         binding.signer(config)
     monkeypatch.delenv(binding.KEYS)
     assert binding.signer(config) is None and binding.signer(tiny_config()) is None
