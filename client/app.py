@@ -2,14 +2,13 @@
 
 import functools
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import cohort, config_policy, settings
+from client import cohort, config_policy, measurement, settings
 from client.institution import Institution
 from client.secure_party import SecureParty
 from fedlora.config.config import from_context
@@ -40,35 +39,24 @@ class InstitutionApp(ClientApp):
         Args:
             calls: Messages with their contexts (`client.cohort`).
         """
-        return _together(calls, wire.OrderReader().unpack, cohort.answer, wire.pack_update)
-
-
-def _together(
-    calls: Sequence[tuple[Message, Context]],
-    unpack: Callable[[RecordDict], _Question],
-    answer: Callable[[Sequence[tuple[Institution, _Question]]], Sequence[_Answer | Exception]],
-    pack: Callable[[_Answer], RecordDict],
-) -> list[Message]:
-    """The replies to messages that institutions answer together."""
-    replies: dict[int, RecordDict] = {}
-    orders: dict[int, tuple[Institution, _Question]] = {}
-    for number, (message, context) in enumerate(calls):
-        institution = None
-        try:
-            wire.check_version(message.content)
-            institution = _institution(context)
-            orders[number] = institution, unpack(message.content)
-        except Exception as error:
-            replies[number] = _refusal(error, institution)
-    outcomes = answer(list(orders.values()))
-    for (number, (institution, _)), outcome in zip(orders.items(), outcomes, strict=True):
-        try:
-            if isinstance(outcome, Exception):
-                raise outcome
-            replies[number] = pack(outcome)
-        except Exception as error:
-            replies[number] = _refusal(error, institution)
-    return [Message(replies[number], reply_to=message) for number, (message, _) in enumerate(calls)]
+        unpack = wire.OrderReader().unpack
+        replies: dict[int, RecordDict] = {}
+        plays: dict[int, tuple[Institution, cohort.Play]] = {}
+        for number, (message, context) in enumerate(calls):
+            institution = None
+            try:
+                wire.check_version(message.content)
+                institution = _institution(context)
+                plays[number] = institution, institution.play(unpack(message.content))
+            except Exception as error:
+                replies[number] = _refusal(error, institution)
+        outcomes = cohort.answer([play for _, play in plays.values()])
+        for (number, (institution, _)), outcome in zip(plays.items(), outcomes, strict=True):
+            failed = isinstance(outcome, Exception)
+            replies[number] = (
+                _refusal(outcome, institution) if failed else wire.pack_update(outcome)
+            )
+        return [Message(replies[i], reply_to=message) for i, (message, _) in enumerate(calls)]
 
 
 app = InstitutionApp()
@@ -114,7 +102,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Measure the institution's own adapter, in a simulation."""
     return _reply(
-        message, context, wire.unpack_evaluate, Institution.evaluate, wire.pack_evaluation
+        message, context, wire.unpack_evaluate, measurement.evaluate, wire.pack_evaluation
     )
 
 
@@ -123,7 +111,7 @@ def home(message: Message, context: Context) -> Message:
     """Compare the models that the institution trains at home, in a simulation."""
 
     def compare(institution: Institution, order: EvaluateOrder) -> Evaluation:
-        return institution.compare_at_home(institution.released(order))
+        return measurement.compare_at_home(institution, measurement.released(institution, order))
 
     return _reply(message, context, wire.unpack_evaluate, compare, wire.pack_evaluation)
 
@@ -175,18 +163,16 @@ def _institution(context: Context) -> Institution:
 
     In a simulation the experimenter plays every institution, and the server's configuration decides
     everything. Elsewhere the institution's own settings name its records, its ledger and the runs
-    that it accepts. Only this machine decides that it simulates: it has no settings, and the inline
-    engine tells the app, or Ray, with fedlora's engine or Flower's, runs it in one of its workers.
-    A source of records of the institution's own may use Ray too, so settings come first.
+    that it accepts. Only this machine decides that it simulates: it has no settings, and the node's
+    configuration, which fedlora's engines make, says so.
 
     Raises:
         InputError: For a configuration or settings that cannot be followed on this machine.
         Refusal: ``no-settings`` for a machine without settings; other codes for runs that the
             settings forbid.
     """
-    ray, path = sys.modules.get("ray"), context.node_config.get("settings")
-    told = context.node_config.get("simulation") is True
-    if path is None and (told or (ray and ray.is_initialized())):
+    path = context.node_config.get("settings")
+    if path is None and context.node_config.get("simulation") is True:
         config = from_context(context.run_config, context.run_id)
         if config.deployed:
             raise Refusal("bad-configuration", "data.source is institutions in a simulation")

@@ -1,111 +1,65 @@
-"""Several orders in one call, as an engine of a simulation gives them.
+"""Rounds of one institution or of several, each played as `client.institution` says.
 
-Institutions that follow equal orders under DP train in shared passes. Each has its own records,
-ledger, sampling, clipped sum and noise; they share the base model's arithmetic only.
+Institutions of a simulation that follow equal orders under DP train in shared passes. Each has its
+own records, ledger, sampling, clipped sum and noise; they share the base model's arithmetic only.
 """
 
-import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import ParamSpec, TypeVar
+from collections.abc import Generator, Sequence
 
-from client.institution import Institution
 from client.private_round import PrivateRound, Trained, train_rounds
-from fedlora import processors
-from fedlora.wire.messages import ClientUpdate, TrainOrder
+from fedlora.wire.messages import ClientUpdate
 
 log = logging.getLogger("fedlora.client")
 Outcome = ClientUpdate | Exception
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+Play = Generator[PrivateRound, Trained, ClientUpdate]
+"""A round: yields itself once it is charged, is sent what training made, and ends in its answer."""
 
 
-def answer(calls: Sequence[tuple[Institution, TrainOrder]]) -> list[Outcome]:
-    """Answer every order exactly as `Institution.answer` would.
+def answer(plays: Sequence[Play]) -> list[Outcome]:
+    """Play rounds to their ends, equal orders in shared passes.
 
-    A round whose shared training fails is trained again alone: its charge is in the ledger, so it
-    runs under the same key, as the same release. An institution's second order of one call waits
-    for the first one's answer.
-
-    Args:
-        calls: Institutions and their orders.
+    Where shared training fails, each round trains alone: its charge is in the ledger, so it has
+    the same key and is the same release.
 
     Returns:
-        An update or an error for each call.
+        The answer of each round, or its error: one institution's error ends no other's round.
     """
     outcomes: dict[int, Outcome] = {}
-    charged: dict[int, PrivateRound] = {}
-    with contextlib.ExitStack() as ledgers:
-        begun: set[Path] = set()
-        for number, (institution, order) in enumerate(calls):
-            started = attempt(_charge, institution, order, begun, ledgers)
-            if isinstance(started, PrivateRound):
-                charged[number] = started
-            elif started is not None:
-                outcomes[number] = started
-        for number, trained in _train(charged).items():
-            institution, _ = calls[number]
-            outcomes[number] = attempt(_finish, institution, charged[number], trained)
-    for number, (institution, order) in enumerate(calls):
-        if number not in outcomes:
-            outcomes[number] = attempt(institution.answer, order)
-    return [outcomes[number] for number in range(len(calls))]
+    cohorts: dict[str, list[tuple[int, PrivateRound]]] = {}
 
-
-def _charge(
-    institution: Institution,
-    order: TrainOrder,
-    begun: set[Path],
-    ledgers: contextlib.ExitStack,
-) -> PrivateRound | ClientUpdate | None:
-    """Plan and charge a round that can share passes.
-
-    Args:
-        institution: The institution.
-        order: Its order.
-        begun: Ledgers of the rounds that this call charged.
-        ledgers: Closes the round's ledger.
-
-    Returns:
-        The charged round, the stored answer of a round that was answered before, or None for a
-        round that is answered alone.
-    """
-    if institution.ledger_path in begun or not institution.can_share(order):
-        return None
-    planned = ledgers.enter_context(institution.plan_round(institution.accept(order)))
-    update = planned.charge()
-    if update is not None:
-        return institution.store_local_parts(order, update)
-    begun.add(institution.ledger_path)
-    return planned
-
-
-def _train(charged: Mapping[int, PrivateRound]) -> dict[int, Trained]:
-    """The outcomes of training, equal orders in shared passes; none where training failed."""
-    cohorts: dict[str, list[int]] = {}
-    for number, planned in charged.items():
-        cohorts.setdefault(planned.training_digest, []).append(number)
-    outcomes: dict[int, Trained] = {}
-    for numbers in cohorts.values():
-        cohort = [charged[number] for number in numbers]
+    def go_on(number: int, made: Trained | Exception | None) -> None:
         try:
-            with processors.threads(cohort[0].config.engine.threads):
-                trained = train_rounds(cohort)
-        except Exception:  # each institution then trains alone, which shows the one that fails
-            log.exception("training %d institutions together failed", len(cohort))
-            continue
-        outcomes |= zip(numbers, trained, strict=True)
-    return outcomes
+            charged = _go_on(plays[number], made)
+        except StopIteration as end:
+            outcomes[number] = end.value
+        except Exception as error:
+            outcomes[number] = error
+        else:
+            cohorts.setdefault(charged.training_digest, []).append((number, charged))
+
+    for number in range(len(plays)):
+        go_on(number, None)
+    for members in list(cohorts.values()):
+        trained = _train([charged for _, charged in members])
+        for (number, _), made in zip(members, trained, strict=True):
+            go_on(number, made)
+    return [outcomes[number] for number in range(len(plays))]
 
 
-def _finish(institution: Institution, planned: PrivateRound, trained: Trained) -> ClientUpdate:
-    return institution.store_local_parts(planned.order, planned.store_answer(trained))
+def _go_on(play: Play, made: Trained | Exception | None) -> PrivateRound:
+    """Let a round begin, or go on with what training made of it."""
+    if made is None:
+        return next(play)
+    return play.throw(made) if isinstance(made, Exception) else play.send(made)
 
 
-def attempt(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | Exception:
-    """The result of a call, or its error: one institution's error ends no other's round."""
+def _train(rounds: Sequence[PrivateRound]) -> Sequence[Trained | Exception]:
+    """What training made of rounds of one order, or its error."""
     try:
-        return work(*args, **kwargs)
+        return train_rounds(rounds)
     except Exception as error:
-        return error
+        if len(rounds) == 1:
+            return [error]
+        log.exception("training %d institutions together failed", len(rounds))
+        return [made for one in rounds for made in _train([one])]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client import config_policy
+from client import config_policy, measurement
 from client.institution import Institution
 from client.ledger import Ledger
 from client.releases import Releases
@@ -109,7 +109,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
             f"run {found.name}: {len(train_rows)} records, {len(held_out)} held-out rows; training "
             f"alone and own, {config.home.steps} steps each"
         )
-        said = institution.compare_at_home(shared).metrics
+        said = measurement.compare_at_home(institution, shared).metrics
         texts = comparison.text_numbers(held_out)
         rows = Rows.of(train_rows, held_out, texts, said, len(federation.labels))
         compared = comparison.summary({own.name: rows}, federation.labels)

@@ -1,8 +1,18 @@
 """An institution in one run: its records, its budget, its answers and refusals.
 
-The privacy claim rests on the order of events in `Institution.answer`: plan, *charge*, train,
-*store the answer*, send. Whenever the process is killed, the ledger states at least the released
-spending (docs/threat-model.md).
+What happens in a round under DP, and in which order it reaches the disk (`Institution.play`):
+
+1. `accept` checks the order and reads the local parts. `plan_round` plans the noise, checks the
+   institution's limits and opens the ledger, which is bound to the records. Until here nothing is
+   written, and a refusal costs nothing.
+2. `PrivateRound.charge` writes the cost and the key of the noise into the ledger, and syncs it.
+3. Training adds the noise (`client.cohort`; several institutions of a simulation share passes).
+4. `PrivateRound.store_answer` writes the answer into the ledger and wipes the key. A masked vector
+   is in `secure.db` instead, and the key goes when the ledger closes the round.
+5. The local parts are written, and the rest is sent.
+
+Whenever the process is killed, the ledger states at least the released spending
+(docs/threat-model.md). The same order again is the same release, charged once.
 """
 
 import contextlib
@@ -14,11 +24,12 @@ from pathlib import Path
 from typing import Self
 
 import fedlora
-from client import checks, home, private_training, secure_role, secure_store, training
+from client import checks, cohort, secure_role, secure_store, training
+from client.cohort import Play
 from client.config_policy import server_values
 from client.ledger import Ledger
 from client.local_parts import LocalParts
-from client.private_round import PrivateRound, train_rounds
+from client.private_round import PrivateRound
 from client.releases import Releases
 from client.secure_role import SecureRole
 from client.settings import REPORTABLE, Settings
@@ -36,7 +47,7 @@ from fedlora.privacy import accounting
 from fedlora.privacy.accounting import PrivacyPlan
 from fedlora.privacy.budget import delta_of, plan_run
 from fedlora.privacy.streams import RandomSource
-from fedlora.runs import model_card, run_files
+from fedlora.runs import run_files
 from fedlora.runs.run_files import LEDGERS
 from fedlora.secure import peers, secure_order
 from fedlora.secure.secure_aggregation import KeysMessage, Terms
@@ -140,7 +151,7 @@ class Institution:
         """
         fits, size = True, 0
         if self.config.privacy.enabled:
-            shard = self._records()
+            shard = self.records()
             plan = plan_run(self.config, shard.num_units, query.participations)
             if self.config.privacy.masks:
                 self.secure_role()  # refuses missing keys and peers before the run begins
@@ -158,21 +169,33 @@ class Institution:
         )
 
     def answer(self, order: TrainOrder) -> ClientUpdate:
-        """Train one round and account for it. `client.cohort` does the same for several.
+        """Train one round and account for it.
 
         Raises:
             Refusal: With a code; only the code may leave.
         """
+        (outcome,) = cohort.answer([self.play(order)])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def play(self, order: TrainOrder) -> Play:
+        """One round from the order to the answer; `client.cohort` trains what it yields.
+
+        Yields:
+            The charged round, where it was not answered before; then waits for its training.
+
+        Returns:
+            The answer, which may be sent.
+        """
         order = self.accept(order)
-        with processors.threads(self.config.engine.threads):
-            if not self.config.privacy.enabled:
-                update = self._train_without_dp(order)
-            else:
-                with self.plan_round(order) as planned:
-                    update = planned.charge()
-                    if update is None:  # else it was answered before, and is not trained again
-                        (trained,) = train_rounds([planned])
-                        update = planned.store_answer(trained)
+        if not self.config.privacy.enabled:
+            update = self._train_without_dp(order)
+        else:
+            with self.plan_round(order) as planned:
+                update = planned.charge()
+                if update is None:  # else it was answered before, and is not trained again
+                    update = planned.store_answer((yield planned))
         return self.store_local_parts(order, update)  # the caller sends the rest
 
     def accept(self, order: TrainOrder) -> TrainOrder:
@@ -185,14 +208,14 @@ class Institution:
             Refusal: If the order does not fit this configuration, or asks for figures that may not
                 leave; ``kept-part-unreadable``.
         """
-        work = self._load()
+        work = self.load()
         checks.check_base(order, work.base.digest)
         checks.check_adapter(order.adapter, work.start.cut(self.rank), self.config)
         checks.check_order(order, self.config)
         checks.check_report(order.report, () if self.config.privacy.enabled else self.report)
         if not order.kept:
             return order
-        local = self._local_parts(order.run).load(order.round, order.adapter.only(order.kept))
+        local = self.local_parts(order.run).load(order.round, order.adapter.only(order.kept))
         return dataclasses.replace(order, adapter=order.adapter.updated(local))
 
     def plan_round(self, order: TrainOrder) -> PrivateRound:
@@ -210,7 +233,7 @@ class Institution:
                 changes (``step-too-small``) or that is too large (``adapter-too-large``),
                 ``no-peers``, ``ledger-*``, or ``secure-*`` (`SecureRole.begin`).
         """
-        shard = self._records()
+        shard = self.records()
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
         checks.check_size(order, plan)
@@ -266,47 +289,14 @@ class Institution:
 
     def secure_keys(self, terms: Terms) -> KeysMessage:
         """Make the keys of a run (`SecureRole.keys`)."""
-        parameters = secure_order.parameters(self._load().start.cut(self.rank), self.config)
+        parameters = secure_order.parameters(self.load().start.cut(self.rank), self.config)
         return self.secure_role().keys(terms, parameters)
 
     def store_local_parts(self, order: TrainOrder, update: ClientUpdate) -> ClientUpdate:
         """Store an update's local parts on this disk, and return the update without them."""
         if order.kept:
-            self._local_parts(order.run).store(order.round, update.adapter.only(order.kept))
+            self.local_parts(order.run).store(order.round, update.adapter.only(order.kept))
         return dataclasses.replace(update, adapter=update.adapter.only(order.parts))
-
-    def evaluate(self, order: EvaluateOrder) -> Evaluation:
-        """Evaluate the institution's own adapter on its held-out rows; save it on request.
-
-        This is the experimenter's measurement on rows that are set aside, in simulations only.
-
-        Raises:
-            Refusal: ``metrics-not-allowed`` outside of simulations; if the order's adapter does not
-                fit; ``kept-part-unreadable``.
-        """
-        with processors.threads(self.config.engine.threads):
-            adapter = self.released(order)  # first: a deployed institution refuses there
-            work = self._load()
-            adapter.load_into(work.model)
-            if order.save:
-                adapter.save(self.directory / "adapter", work.model)
-                said = f"# An institution's adapter\n\n{model_card.KEPT_PART}"
-                model_card.write_own(self.directory / "adapter", said, self.config, work)
-            shard = records.load(self.config).held_out(self.index)
-            metrics = work.task.evaluate(work.model, shard, work.labels) if len(shard) else {}
-        return Evaluation(institution=self.name, metrics=metrics)
-
-    def released(self, order: EvaluateOrder) -> AdapterState:
-        """The adapter that the run released to this institution: the global one and local parts.
-
-        Raises:
-            Refusal: ``metrics-not-allowed`` outside of simulations; if the adapter does not fit;
-                ``kept-part-unreadable``.
-        """
-        if not self.simulated:
-            raise Refusal("metrics-not-allowed", "the server asks for metrics of held-out rows")
-        checks.check_adapter(order.adapter, self._load().start, self.config)
-        return self._with_local_parts(order)
 
     def receive(self, release: Release) -> Evaluation:
         """Store the released adapter with this institution's local parts (`client.releases`).
@@ -321,55 +311,19 @@ class Institution:
                 ``ledger-*`` or ``secure-store-*``.
         """
         with processors.threads(self.config.engine.threads):
-            work = self._load()
+            work = self.load()
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
-            whole = dataclasses.replace(release, adapter=self._with_local_parts(release))
+            whole = dataclasses.replace(release, adapter=self.with_local_parts(release))
             if self.config.privacy.masks:
                 secure_role.erase(self.secure_store, self.ledger_path, release.run)
             Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
         return Evaluation(institution=self.name, metrics={})
 
-    def _with_local_parts(self, sent: EvaluateOrder | Release) -> AdapterState:
+    def with_local_parts(self, sent: EvaluateOrder | Release) -> AdapterState:
         """A released adapter with the local parts of the last round in place of the server's."""
         default = sent.adapter.only(self.config.federation.traits.local_parts)
-        return sent.adapter.updated(self._local_parts(sent.run).load(sent.round + 1, default))
-
-    def compare_at_home(self, shared: AdapterState) -> Evaluation:
-        """Train this institution's own models, and answer its held-out rows with all three.
-
-        The own model is saved into ``own/``, with its card.
-
-        Args:
-            shared: The adapter that the run released to it.
-        """
-        with processors.threads(self.config.engine.threads):
-            work = self._load()
-            models = home.train(
-                work,
-                self._records(),
-                shared,
-                RandomSource.seeded("home", self.config.seed, self.name),
-                steps=self.config.home.steps,
-                physical_batch=self.config.training.physical_batch,
-            )
-            models.own.save(self.directory / "own", work.model)
-            model_card.write_own(self.directory / "own", home.CARD, self.config, work)
-            shard = records.load(self.config).held_out(self.index)
-            predicted: dict[str, list[int]] = {}
-            for name, adapter in (("alone", models.alone), ("shared", shared), ("own", models.own)):
-                adapter.load_into(work.model)
-                answers = work.task.predict(work.model, shard, work.labels)[0] if len(shard) else []
-                predicted[name] = [work.labels.index(answer) for answer in answers]
-        return Evaluation(institution=self.name, metrics={**predicted, **models.figures()})
-
-    def can_share(self, order: TrainOrder) -> bool:
-        """Whether a round of this order can share passes with other institutions' rounds."""
-        return (
-            self.config.privacy.enabled
-            and not order.kept
-            and private_training.can_share(self._load(), self.config.training.local_steps)
-        )
+        return sent.adapter.updated(self.local_parts(sent.run).load(sent.round + 1, default))
 
     def open_ledger(self, shard: Shard | None = None, *, create: bool = False) -> Ledger:
         """Open the institution's ledger, and bind it to its records.
@@ -386,7 +340,7 @@ class Institution:
                 has a delta that is too large for so many units.
             InputError: If a missing ledger cannot be created.
         """
-        shard = self._records() if shard is None else shard
+        shard = self.records() if shard is None else shard
         path, privacy = self.ledger_path, self.config.privacy
         found = path.exists()
         if create and not found:
@@ -411,17 +365,14 @@ class Institution:
         return ledger
 
     def _train_without_dp(self, order: TrainOrder) -> ClientUpdate:
-        work, shard, config = self._load(), self._records(), self.config
+        work, shard = self.load(), self.records()
         work.train_only((*order.parts, *order.kept))
         order.adapter.load_into(work.model)
-        rate = config.training.sample_rate
-        loss = training.train(
-            work,
-            shard,
-            LocalPlan.of(config),
-            max(1, round(rate * len(shard))) if rate else config.training.batch_size,
-            RandomSource.seeded("train", config.seed, order.round, self.name),
-        )
+        rate = self.config.training.sample_rate
+        batch = max(1, round(rate * len(shard))) if rate else self.config.training.batch_size
+        source = RandomSource.seeded("train", self.config.seed, order.round, self.name)
+        with processors.threads(self.config.engine.threads):
+            loss = training.train(work, shard, LocalPlan.of(self.config), batch, source)
         known = {"loss": loss, "records": float(len(shard))}
         sizes = {
             "uniform": 0.0,
@@ -433,7 +384,7 @@ class Institution:
             round=order.round,
             run=order.run,
             adapter=AdapterState.read(work.model),
-            size=sizes[config.federation.weighting],
+            size=sizes[self.config.federation.weighting],
             metrics={name: known[name] for name in order.report if name in known},
         )
 
@@ -446,16 +397,19 @@ class Institution:
             max_alone_epsilon=self.max_alone_epsilon,
         )
 
-    def _records(self) -> Shard:
+    def records(self) -> Shard:
+        """The training records."""
         return records.load(self.config).train(self.index)
 
-    def _load(self) -> trainable.Trainable:
+    def load(self) -> trainable.Trainable:
+        """The model."""
         # A deployed institution's settings name the classes: most orders need no record yet.
         given = self.config.data.labels
         labels = records.load(self.config).labels if self.simulated else given
         return trainable.load(self.config, labels)
 
-    def _local_parts(self, run: str) -> LocalParts:
+    def local_parts(self, run: str) -> LocalParts:
+        """The local parts of a run."""
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))
 
 

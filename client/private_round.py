@@ -11,6 +11,7 @@ from client.ledger import Ledger
 from client.private_training import Participant
 from client.secure_role import SecureRole
 from client.training import LocalPlan
+from fedlora import processors
 from fedlora.arrays import Int64
 from fedlora.config.config import UNRELEASED, RunConfig
 from fedlora.data import records
@@ -190,10 +191,10 @@ class PrivateRound:
 
 
 def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
-    """Train charged rounds that follow equal orders, several in shared passes.
+    """Train charged rounds that follow equal orders, in shared passes where the model allows it.
 
     Args:
-        rounds: At least one; several only where `Institution.can_share` is true.
+        rounds: At least one.
 
     Returns:
         The trained adapter of each round, or its vector under secure aggregation.
@@ -202,15 +203,17 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
         Refusal: When a guard trips; nothing may be released then.
     """
     order, config = rounds[0].order, rounds[0].config
-    work = trainable.load(config, records.load(config).labels)
+    work, plan = trainable.load(config, records.load(config).labels), LocalPlan.of(config)
+    if len(rounds) > 1 and not private_training.can_share(work, plan.steps):
+        return [trained for one in rounds for trained in train_rounds([one])]
     work.train_only((*order.parts, *order.kept))
     order.adapter.load_into(work.model)
     participants = [
         Participant(shard=each.shard, mechanism=each.plan, source=RandomSource(each.key))
         for each in rounds
     ]
-    plan = LocalPlan.of(config)
-    if config.privacy.shares_noise:
-        sums = private_training.noised_sums(work, participants, plan, rounds[0].institutions)
-        return list(sums)
-    return list(private_training.train_privately(work, participants, plan))
+    with processors.threads(config.engine.threads):
+        if config.privacy.shares_noise:
+            institutions = rounds[0].institutions
+            return list(private_training.noised_sums(work, participants, plan, institutions))
+        return list(private_training.train_privately(work, participants, plan))

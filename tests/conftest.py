@@ -174,12 +174,6 @@ def simulate_run():
 
 
 @pytest.fixture
-def no_ray(monkeypatch):
-    """Makes this process no worker of Ray, whatever engine an earlier test left running."""
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-
-
-@pytest.fixture
 def missing(monkeypatch):
     """Make packages look as if they were not installed."""
 

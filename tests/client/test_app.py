@@ -31,7 +31,7 @@ def _ask(config, content=None, kind=MessageType.QUERY, **node_config):
     context = Context(
         run_id=1,
         node_id=1,
-        node_config={"partition-id": 0, "num-partitions": 4, **node_config},
+        node_config={"partition-id": 0, "simulation": True, **node_config},
         state=RecordDict(),
         run_config=config.flat(),
     )
@@ -44,20 +44,11 @@ def _code(reply) -> str:
     return caught.value.code
 
 
-def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_config, monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    assert _code(_ask(tiny_config())) == "no-settings"
+def test_outside_a_simulation_an_institution_without_settings_refuses(tiny_config):
+    assert _code(_ask(tiny_config(), simulation=None)) == "no-settings"
     assert _code(_ask(tiny_config(), simulation="yes")) == "no-settings"
-    assert wire.unpack_hello(_ask(tiny_config(), simulation=True).content).institution == "Alpha"
-
-
-def test_settings_count_where_the_institution_s_own_code_began_ray(tiny_config, monkeypatch):
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
     assert wire.unpack_hello(_ask(tiny_config()).content).institution == "Alpha"
-    assert _code(_ask(tiny_config(), settings="/nowhere/institution.toml")) == "bad-configuration"
-    assert (
-        _code(_ask(tiny_config(), settings="/nowhere.toml", simulation=True)) == "bad-configuration"
-    )
+    assert _code(_ask(tiny_config(), settings="/nowhere.toml")) == "bad-configuration"
 
 
 @pytest.mark.parametrize(

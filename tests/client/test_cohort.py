@@ -35,7 +35,13 @@ def test_equal_orders_share_passes_and_each_gets_the_answer_that_it_gets_alone(
         for institution, _ in calls:
             institution.open_ledger(create=True).close()
         groups = [calls] if place == "together" else [[call] for call in calls]
-        answers.append([answer for group in groups for answer in cohort.answer(group)])
+        answers.append(
+            [
+                answer
+                for group in groups
+                for answer in cohort.answer([who.play(asked) for who, asked in group])
+            ]
+        )
         assert not any(isinstance(answer, Exception) for answer in answers[-1]), answers[-1]
     first, second, third, fourth = federation.names
     assert parts[:2] == [[first, second, third], [fourth]]

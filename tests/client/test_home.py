@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from client import home
+from client import home, measurement
 from client.home import WEIGHTS, mixed
 from client.institution import Institution
 from fedlora.data import records
@@ -47,8 +47,8 @@ def banks(tiny_config):
 
 def train(institution, order, work, *, steps=8):
     source = RandomSource.seeded("home", 1, institution.name)
-    shared = institution.released(order)
-    return home.train(work, institution._records(), shared, source, steps=steps, physical_batch=64)
+    shared = measurement.released(institution, order)
+    return home.train(work, institution.records(), shared, source, steps=steps, physical_batch=64)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_trials_train_on_no_record_that_is_held_back_and_the_models_on_all(banks
     monkeypatch.setattr(home._Trainer, "errors", errors)
     monkeypatch.setattr(home, "MIN_HELD_BACK", 4)
     train(institutions[0], order, work)
-    everything = len(institutions[0]._records())
+    everything = len(institutions[0].records())
     (fit, some), (fit_again, _), (whole, _), (whole_again, _) = trained
     assert fit == fit_again < everything == whole == whole_again
     assert all(some.isdisjoint(held) for held in measured)
@@ -164,8 +164,8 @@ def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, mon
 def test_local_parts_of_an_institution_are_where_its_own_model_starts(banks, monkeypatch):
     institutions, order, work, _ = banks(**{"federation.strategy": "fedsa"})
     kept = moved(work.start, 20).only(("B",))
-    institutions[0]._local_parts("a1").store(1, kept)
-    shared = institutions[0].released(order)
+    institutions[0].local_parts("a1").store(1, kept)
+    shared = measurement.released(institutions[0], order)
     assert same(shared.only(("B",)), kept)
     assert same(shared.only(("A", "head")), order.adapter.only(("A", "head")))
 
@@ -173,7 +173,7 @@ def test_local_parts_of_an_institution_are_where_its_own_model_starts(banks, mon
 def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks):
     institutions, order, work, config = banks()
     one = institutions[0]
-    metrics = one.compare_at_home(one.released(order)).metrics
+    metrics = measurement.compare_at_home(one, measurement.released(one, order)).metrics
     base = models.load_base(
         config.model.name,
         dtype="fp32",

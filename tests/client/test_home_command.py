@@ -30,8 +30,6 @@ from library.result import Result
 from simulation.engines.grid import identify
 from tests.samples import write_csv
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
 LABELS = ["card", "fraud", "loan"]
 RUN = "0123456789abcdef"
 NONE = float("inf")

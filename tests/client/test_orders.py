@@ -87,7 +87,7 @@ def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charge
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.institution.train_rounds", fails)
+        patch.setattr("client.cohort.train_rounds", fails)
         with pytest.raises(MemoryError):
             who.answer(order)
     smaller = {"training.physical-batch": 2, "engine.threads": 2, "home.method": "none"}

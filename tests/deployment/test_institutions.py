@@ -27,8 +27,6 @@ from simulation.engines.grid import run_server
 from strategies.base import Round
 from tests.deployment.remote import BANKS, LABELS, Remote
 
-pytestmark = pytest.mark.usefixtures("no_ray")
-
 
 def _run(config, files):
     run_server(server.app.app, Remote(files, config.flat()), config.flat())

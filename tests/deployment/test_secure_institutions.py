@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from flwr.app import Message
 
 import server.app
-from client import institution
+from client import cohort
 from client.ledger import Ledger
 from deployment import keys, setup
 from fedlora.runs.run_files import KEYS, read_records
@@ -27,8 +27,6 @@ from server import binding, secure_session, verification
 from server.roster import RunFailed
 from simulation.engines.grid import run_server
 from tests.deployment.remote import BANKS, Remote
-
-pytestmark = pytest.mark.usefixtures("no_ray")
 
 SECURE = {
     "privacy.trust": "secure-aggregation",
@@ -226,9 +224,9 @@ def test_a_masked_round_is_not_trained_again_for_a_server_that_changes_its_passe
     """The last bits of a second training may depend on the records, and a refusal would tell."""
     config = deployed(**SECURE)
     trained, again, orders = [], [], {}
-    train = institution.train_rounds  # together they cannot: each has a table of its own
+    train = cohort.train_rounds  # together they cannot: each has a table of its own
     monkeypatch.setattr(
-        institution, "train_rounds", lambda rounds: trained.extend(rounds) or train(rounds)
+        cohort, "train_rounds", lambda rounds: trained.extend(rounds) or train(rounds)
     )
 
     def lie(content, node):

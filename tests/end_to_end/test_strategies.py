@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from client import training
+from client import measurement, training
 from client.institution import Institution
 from client.local_parts import LocalParts
 from client.private_round import train_rounds
@@ -242,13 +242,13 @@ def test_a_part_that_is_not_finite_is_not_kept(tiny_config, simulate_run, monkey
 def test_a_bad_evaluation_ends_no_run_and_is_named(
     tiny_config, simulate_run, monkeypatch, change, code
 ):
-    evaluate = Institution.evaluate
+    evaluate = measurement.evaluate
 
     def bad(who, order):
         answer = evaluate(who, order)
         return dataclasses.replace(answer, **change) if who.name == "Beta" else answer
 
-    monkeypatch.setattr(Institution, "evaluate", bad)
+    monkeypatch.setattr(measurement, "evaluate", bad)
     config = tiny_config(**{"federation.strategy": "fedsa", "federation.rounds": 1})
     result = simulate_run(config)
     assert result["not_evaluated"] == {"Beta": code}

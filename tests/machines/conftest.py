@@ -132,7 +132,6 @@ def institution_world(
     values, drawn_training, few_complaints, tmp_path, monkeypatch
 ) -> dict[str, Any]:
     """Of an `InstitutionMachine`: Alpha's rows alone, in a process that is no simulation's."""
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     records = tmp_path / "records.csv"
     lines = few_complaints.read_text().splitlines()
     records.write_text("\n".join([lines[0], *(r for r in lines if f",{BANKS[0]}," in r)]) + "\n")
