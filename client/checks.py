@@ -7,6 +7,7 @@ import torch
 
 from client.ledger import Ledger
 from fedlora.config.config import RunConfig
+from fedlora.config.sections import RESIDUAL_RANK
 from fedlora.errors import Refusal
 from fedlora.models.adapters import RESIDUAL_A, AdapterState
 from fedlora.privacy import accounting, composition
@@ -68,7 +69,7 @@ def check_adapter(adapter: AdapterState, expected: AdapterState, config: RunConf
 
     Args:
         adapter: The order's adapter.
-        expected: An adapter of the institution's rank.
+        expected: An adapter of the run.
         config: The run.
 
     Raises:
@@ -77,8 +78,8 @@ def check_adapter(adapter: AdapterState, expected: AdapterState, config: RunConf
     residuals = config.federation.traits.residuals
     problem = adapter.validate_against(expected, residual=residuals)
     rank = max((len(t) for name, t in adapter.items() if name.endswith(RESIDUAL_A)), default=0)
-    if not problem and rank > config.federation.residual_rank:
-        problem = f"a residual has rank {rank}, above {config.federation.residual_rank}"
+    if not problem and rank > RESIDUAL_RANK:
+        problem = f"a residual has rank {rank}, above {RESIDUAL_RANK}"
     if problem:
         raise Refusal(
             "adapter-mismatch", f"the order's adapter does not fit this configuration: {problem}"

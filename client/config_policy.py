@@ -12,7 +12,7 @@ from typing import Any
 
 from client.settings import Settings
 from fedlora.config.config import RunConfig, from_flat
-from fedlora.config.sections import INSTITUTIONS, MAX_LIST_TEXT
+from fedlora.config.sections import INSTITUTIONS, MAX_LIST_TEXT, RESIDUAL_RANK
 from fedlora.config.settings_schema import Scalar
 from fedlora.errors import InputError, Refusal
 
@@ -66,10 +66,6 @@ class Taken:
     max_characters: Callable[[Settings], int] = lambda _: MAX_TEXT
 
 
-def _residual_rank(run: RunConfig) -> int:
-    return run.federation.residual_rank if run.federation.traits.residuals else 0
-
-
 KEYS: Mapping[str, Own | Unused | Taken] = {
     "seed": Taken(),
     "run-dir": Own(lambda own: own.state),
@@ -102,20 +98,21 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "adapter.rank": Taken(
         (
             Limit(
-                "rank-too-large",
-                lambda own, run: own.rank <= run.adapter.rank,
-                "has rank {run.adapter.rank}",
-                "rank",
-            ),
-            Limit(
                 "adapter-too-large",
                 lambda own, run: run.adapter.rank <= own.max_rank,
                 "has rank {run.adapter.rank}",
                 "max-rank",
             ),
+            Limit(
+                "adapter-too-large",
+                lambda own, run: (
+                    not run.federation.traits.residuals or own.max_rank >= RESIDUAL_RANK
+                ),
+                f"has residuals of rank {RESIDUAL_RANK}",
+                "max-rank",
+            ),
         )
     ),
-    "adapter.ranks": Unused(),
     "adapter.alpha": Taken(),
     "adapter.dropout": Taken(),
     "adapter.head": Taken(),
@@ -194,31 +191,8 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    # The server alone runs it; its name is a text here, and nothing imports it.
-    "federation.aggregate": Taken(
-        (
-            Limit(
-                "strategy-not-allowed",
-                lambda own, run: run.federation.aggregate in ("", *own.strategies),
-                "aggregates by {run.federation.aggregate}",
-                "strategies",
-            ),
-        )
-    ),
     "federation.metrics": Unused(),
-    "federation.residual-rank": Taken(
-        (
-            Limit(
-                "adapter-too-large",
-                lambda own, run: _residual_rank(run) <= own.max_rank,
-                "has residuals of rank {run.federation.residual_rank}",
-                "max-rank",
-            ),
-        )
-    ),
     "federation.institutions-per-round": Unused(),
-    "federation.min-updates": Unused(),
-    "federation.max-update-norm": Unused(),
     "federation.weighting": Taken(
         (
             Limit(
@@ -230,13 +204,10 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
         )
     ),
     "federation.robust": Unused(),
-    "federation.byzantine": Unused(),
     "federation.server-optimizer": Unused(),
     "federation.server-learning-rate": Unused(),
     "federation.server-head-learning-rate": Unused(),
-    "federation.average-last": Unused(),
     "federation.timeout": Unused(),  # max-seconds of the settings ends a long message
-    "federation.evaluate-every": Unused(),
     "privacy.trust": Taken(
         (
             Limit(
@@ -323,11 +294,9 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
             ),
         )
     ),
-    "privacy.size-noise": Taken(),
     "privacy.ledger": Unused(),  # the path of the ledger is in the settings
     "privacy.max-epsilon": Unused(),
     "privacy.institution-epsilon": Unused(),
-    "privacy.institution-delta": Unused(),
     "privacy.institution-max-norm": Unused(),
     # A wish for `fedlora home`, which the institution itself starts; no order depends on them.
     "home.method": Taken(),

@@ -72,7 +72,6 @@ class Institution:
         index: The institution's number in the partition.
         ledger_path: The file of its privacy ledger.
         directory: The directory of its local parts.
-        rank: The rank of its factors.
         secure_store: The file of its keys and shares in secure aggregation.
         report: Names of figures that it sends where DP is off.
         max_delta: Largest delta of a run.
@@ -88,7 +87,6 @@ class Institution:
     index: int
     ledger_path: Path
     directory: Path
-    rank: int
     secure_store: Path
     report: tuple[str, ...] = REPORTABLE
     max_delta: float = 1.0
@@ -113,7 +111,6 @@ class Institution:
             index=index,
             ledger_path=ledgers / f"{name}.db",
             directory=Path(config.run_dir) / "institutions" / name,
-            rank=records.ranks(config)[index],
             secure_store=ledgers / f"{name}.{secure_store.FILE}",
         )
 
@@ -132,7 +129,6 @@ class Institution:
             index=0,
             ledger_path=Path(settings.ledger),
             directory=Path(settings.state) / "kept",
-            rank=settings.rank or config.adapter.rank,
             report=settings.report,
             max_delta=settings.max_delta,
             max_run_epsilon=settings.max_run_epsilon,
@@ -144,7 +140,7 @@ class Institution:
         )
 
     def hello(self, query: Query) -> Hello:
-        """Give the institution's name, version and rank, and whether its ledger allows the run.
+        """Give the institution's name and version, and whether its ledger allows the run.
 
         Raises:
             Refusal: ``ledger-*``, ``no-peers``, or for a run beyond the institution's limits.
@@ -163,7 +159,6 @@ class Institution:
             institution=self.name,
             version=fedlora.__version__,
             fits=fits,
-            rank=self.rank,
             size=size,
             code="" if self.simulated else run_files.code(),
         )
@@ -210,7 +205,7 @@ class Institution:
         """
         work = self.load()
         checks.check_base(order, work.base.digest)
-        checks.check_adapter(order.adapter, work.start.cut(self.rank), self.config)
+        checks.check_adapter(order.adapter, work.start, self.config)
         checks.check_order(order, self.config)
         checks.check_report(order.report, () if self.config.privacy.enabled else self.report)
         if not order.kept:
@@ -289,7 +284,7 @@ class Institution:
 
     def secure_keys(self, terms: Terms) -> KeysMessage:
         """Make the keys of a run (`SecureRole.keys`)."""
-        parameters = secure_order.parameters(self.load().start.cut(self.rank), self.config)
+        parameters = secure_order.parameters(self.load().start, self.config)
         return self.secure_role().keys(terms, parameters)
 
     def store_local_parts(self, order: TrainOrder, update: ClientUpdate) -> ClientUpdate:

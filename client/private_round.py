@@ -104,7 +104,6 @@ class PrivateRound:
             event=self.plan.round_event,
             max_steps_of_run=self.plan.max_steps,
             key=seeded,
-            extra_events=self.plan.size_events,
         )
         self.key = charged.key
         if self.masked is not None:
@@ -152,7 +151,7 @@ class PrivateRound:
         )
 
     def _size(self) -> float:
-        """The size that the weighting needs: a size class, a noised count, or 0.
+        """The size that the weighting needs: a size class, or 0.
 
         Under secure aggregation it is 0: the roster knows the size class (`Institution.hello`).
         """
@@ -161,11 +160,6 @@ class PrivateRound:
             return 0.0
         if weighting == "public-size":
             return float(self.plan.size_class)
-        if weighting == "noised-size":
-            draw = float(RandomSource(self.key).child("size").normal(1)[0])
-            # whole, since the last bits of the sum could exclude another number of units
-            noised = max(1, round(self.shard.num_units + self.plan.size_noise * draw))
-            return self.ledger.noised_size_of_run(self.order.run, float(noised))
         return 0.0
 
     def _spent(self) -> PrivacySpent:
@@ -182,7 +176,6 @@ class PrivateRound:
             noise=self.config.privacy.noise,
             max_grad_norm=plan.max_grad_norm,
             clipping=plan.clipping,
-            size_noise=plan.size_noise,
             ledger_epsilon=ledger.spent(),
             ledger_epsilon_alone=ledger.spent_alone(),
             ledger_delta=ledger.delta,

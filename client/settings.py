@@ -52,9 +52,6 @@ class Settings(Section):
     unit: str = setting("record", "unit of privacy: record, or the column that names the unit")
     ledger: str = setting("", "the privacy ledger, made by `fedlora ledger init`")
     state: str = setting("", "directory of local parts and other files between rounds")
-    rank: int = setting(
-        0, "rank of the institution's factors; 0: the run's adapter.rank", at_least=0
-    )
     models: tuple[str, ...] = setting((), "accepted base models (model.name)")
     strategies: tuple[str, ...] = setting(
         ("fedavg",), "accepted strategies, and plug-ins of the server (federation.aggregate)"
@@ -122,11 +119,6 @@ class Settings(Section):
             raise InputError(
                 f"name is {self.name!r}; it must be letters, digits, '-', '_' and '.', and begin "
                 "with none of the latter"
-            )
-        if self.rank > self.max_rank:
-            raise InputError(
-                f"rank is {self.rank}; it must be at most max-rank ({self.max_rank}): lower it, or "
-                "raise max-rank"
             )
         for strategy in self.strategies:
             if strategy not in STRATEGY_TABLE and ":" not in strategy:

@@ -179,7 +179,6 @@ def _row(config: RunConfig, units: Sequence[int]) -> Row:
     weights = {
         "uniform": [1.0] * count,
         "public-size": [float(size) for size in sizes],
-        "noised-size": [float(n) for n in units],
     }[config.federation.weighting]
     # Under secure aggregation an institution adds its share of the noise.
     # A step is divided by the expected units of the size class: those of an institution at the

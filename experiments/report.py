@@ -265,23 +265,7 @@ def _by_institution(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Show the error of the aggregate against the exact mean, and the norms of updates."""
-    shown: dict[str, str] = {}
-    errors = {r: e for r, e in figures.last_of(records, "aggregation_error").items() if e > 0}
-    if errors:
-        title = "Aggregation error by round"
-        label = "error relative to the update"
-        shown[title] = figures.by_round("error", title, {"error": errors}, label=label)
-    norms = {r["round"]: sorted(r["aggregation"]["norm"].values()) for r in records
-             if r["aggregation"].get("norm")}  # fmt: skip
-    if norms:
-        title = "Length of the institutions' updates by round"
-        lines = {
-            "longest": {r: values[-1] for r, values in norms.items()},
-            "middle": {r: values[len(values) // 2] for r, values in norms.items()},
-            "shortest": {r: values[0] for r, values in norms.items()},
-        }
-        shown[title] = figures.by_round("norms", title, lines, label="norm of the update")
+    """Show the updates that did not count."""
     unused: dict[tuple[str, str], list[int]] = {}  # institution, reason -> rounds
     for r in records:
         for name, why in r["aggregation"].get("rejected", {}).items():
@@ -289,12 +273,7 @@ def _aggregation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [[*key, *map(str, (len(of), of[0], of[-1]))] for key, of in sorted(unused.items())]
     heads = ["institution", "reason", "updates", "first round", "last round"]
     tables = [Table(rows=[heads, *rows], title="Unused updates", folded=len(rows) > 12)]
-    words = [
-        "The mean of the adapters' factors differs from the mean of their products. The error is "
-        "the distance of the combined adapter from the exact mean. The length of an update is the "
-        "distance that an institution moved, noise included."
-    ]
-    return {"words": words if shown else (), "figures": shown, "tables": tables if rows else []}
+    return {"tables": tables if rows else []}
 
 
 def _cost(run: opening.Run) -> dict[str, Any]:

@@ -37,12 +37,8 @@ LOCAL_TRUST = {"privacy.trust": "local", "privacy.honest": 0, "privacy.colluding
 SINGLE_INSTITUTION = {
     "federation.strategy": "fedavg",
     "federation.institutions-per-round": 0,
-    "federation.min-updates": 1,
     "federation.weighting": "uniform",
     "federation.robust": "none",
-    "federation.aggregate": "",
-    "federation.max-update-norm": 0.0,
-    "adapter.ranks": "",
     **LOCAL_TRUST,
     "privacy.institution-epsilon": math.inf,
     "home.method": "none",
@@ -319,8 +315,6 @@ def _in_arm(arm: str, base: Mapping[str, Any], values: Mapping[str, Any]) -> Run
     if kind == arm or float(everything.get(EPSILON, PrivacyConfig.epsilon)) == math.inf:
         budgets = (EPSILON, "privacy.institution-epsilon")
         free = dict.fromkeys(budgets, math.inf) | LOCAL_TRUST
-        if everything.get("federation.weighting") == "noised-size":
-            free["federation.weighting"] = "public-size"
     everything |= free
     if kind == "base":
         from_flat(everything)  # also checks the keys that are dropped below

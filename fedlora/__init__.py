@@ -34,7 +34,7 @@ _NAMES = {
     "Predictions": "fedlora.models.metrics",
     "Round": "strategies.base",
     "Strategy": "strategies.base",
-    "collect": "strategies.collected",
+    "Collected": "strategies.collected",
 }
 """Public name -> its module; ``__init__.pyi`` says the same to editors and type checkers."""
 __all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -17,7 +17,7 @@ from library.run import run as run
 from server.roster import RunFailed as RunFailed
 from strategies.base import Round as Round
 from strategies.base import Strategy as Strategy
-from strategies.collected import collect as collect
+from strategies.collected import Collected as Collected
 
 __version__: str
 ROOMS: tuple[str, ...]

@@ -39,7 +39,6 @@ class Keywords(TypedDict, total=False):
     # [adapter]
     method: str
     rank: int
-    ranks: str
     alpha: float
     dropout: float
     head: str
@@ -70,22 +69,15 @@ class Keywords(TypedDict, total=False):
     gradient_checkpointing: bool
     # [federation]
     rounds: int
-    strategy: str
-    aggregate: PlugIn
+    strategy: PlugIn
     metrics: PlugIn | Sequence[PlugIn]
-    residual_rank: int
     institutions_per_round: int
-    min_updates: int
-    max_update_norm: float
     weighting: str
     robust: str
-    byzantine: float
     server_optimizer: str
     server_learning_rate: float
     server_head_learning_rate: float
-    average_last: float
     timeout: float
-    evaluate_every: int
     # [privacy]
     trust: str
     honest: int
@@ -98,11 +90,9 @@ class Keywords(TypedDict, total=False):
     accountant: str
     unit: str
     noise: str
-    size_noise: float
     ledger: str | Path
     max_epsilon: float
     institution_epsilon: float
-    institution_delta: float
     institution_max_norm: float
     # [home]
     home_method: str
@@ -158,7 +148,7 @@ def keys() -> dict[str, str]:
 
 def _plain(key: str, value: Any) -> Any:
     """A value as the configuration has it: names for objects, lists for sequences."""
-    if key == "federation.aggregate":
+    if key == "federation.strategy":
         return plugins.give(key, value)
     if key == "federation.metrics" and not isinstance(value, str):
         several = cast(Sequence[Any], value) if isinstance(value, Sequence) else [value]

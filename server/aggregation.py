@@ -6,7 +6,7 @@ The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its ki
 import abc
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,8 @@ from server.institution_privacy import InstitutionMechanism
 from server.replies import Replies
 from server.run_directory import RunState
 from server.secure_session import SecureSession
-from strategies import STRATEGIES, noised_sum, robust
+from strategies import noised_sum, robust
 from strategies.base import Round, Strategy
-from strategies.diagnostics import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +34,10 @@ class Aggregated:
     Args:
         adapter: The new value of the trained parts; an empty one changes nothing.
         rejected: Institution -> reason, for valid updates that have no weight.
-        figures: Computes the diagnostics of ``rounds.jsonl``; called only where the round counts.
     """
 
     adapter: AdapterState
     rejected: Mapping[str, str] = field(default_factory=dict[str, str])
-    figures: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +116,7 @@ class Mean(Aggregation):
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
         """The strategy's mean of the valid updates, as they arrive."""
-        watch = Watch(this_round)
-        adapter = self._strategy.aggregate(this_round, watch.through(replies))
-        return Aggregated(adapter=adapter, figures=lambda: watch.figures(adapter))
+        return Aggregated(adapter=self._strategy.aggregate(this_round, replies))
 
 
 class RobustRule(Aggregation):
@@ -129,27 +124,22 @@ class RobustRule(Aggregation):
 
     Args:
         config: The run.
+        strategy: The strategy, whose mean multi-krum takes.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        federation = config.federation
-        rule, byzantine = self._rule, self._byzantine = federation.robust, federation.byzantine
-        self.least_asked = next(n for n in itertools.count(1) if robust.enough(rule, byzantine, n))
-        self._mean = STRATEGIES[federation.strategy].aggregate
+    def __init__(self, config: RunConfig, strategy: Strategy) -> None:
+        self._rule, self._share = config.federation.robust_rule
+        self.least_asked = next(
+            n for n in itertools.count(1) if robust.enough(self._rule, self._share, n)
+        )
+        self._mean = strategy.aggregate
 
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
         """The rule's choice among the valid updates. Raises `Refusal` ``too-few-updates``."""
-        watch = Watch(this_round)
         adapter, rejected = robust.aggregate(
-            this_round,
-            watch.through(replies),
-            rule=self._rule,
-            byzantine=self._byzantine,
-            mean=self._mean,
+            this_round, replies, rule=self._rule, share=self._share, mean=self._mean
         )
-        return Aggregated(
-            adapter=adapter, rejected=rejected, figures=lambda: watch.figures(adapter)
-        )
+        return Aggregated(adapter=adapter, rejected=rejected)
 
 
 class InstitutionLevel(Aggregation):
@@ -300,4 +290,4 @@ def choose(
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)
         return InstitutionLevel(mechanism, config.privacy.epsilon)
-    return Mean(strategy) if config.federation.robust == "none" else RobustRule(config)
+    return Mean(strategy) if config.federation.robust == "none" else RobustRule(config, strategy)

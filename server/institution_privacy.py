@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.config.config import RunConfig
-from fedlora.errors import InputError
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy import accounting, composition, odds
 from fedlora.privacy.composition import Event, History
@@ -114,15 +113,10 @@ def plan(config: RunConfig, institutions: int, participations: int) -> Instituti
         participations: The most rounds for which one institution can be asked.
 
     Raises:
-        InputError: If delta is not below 1 / institutions, or no noise reaches the budget.
+        InputError: If no noise reaches the budget.
     """
     privacy = config.privacy
-    delta = privacy.institution_delta or accounting.public_delta(institutions)
-    if delta >= 1 / institutions:
-        raise InputError(
-            f"privacy.institution-delta is {delta:g}, but must be below 1 / institutions "
-            f"({1 / institutions:g} for {institutions}); lower it or leave it at 0"
-        )
+    delta = accounting.public_delta(institutions)
     return InstitutionMechanism(
         noise_multiplier=accounting.noise_multiplier(
             epsilon=privacy.institution_epsilon,

@@ -58,10 +58,10 @@ def check_adapter(adapter: AdapterState, this_round: Round, *, residuals: bool) 
             f"round {number}: the server optimizer left {problem}; lower "
             "federation.server-learning-rate. The last checkpoint is kept"
         )
-    if (largest := base.largest(adapter.only(PARTS))) > this_round.limit:
+    if (largest := base.largest(adapter.only(PARTS))) > base.MAX_VALUE:
         raise RunFailed(
             f"round {number}: the global adapter reached {largest:g}, and above "
-            f"{this_round.limit:g} no update counts; lower federation.server-learning-rate, or "
+            f"{base.MAX_VALUE:g} no update counts; lower federation.server-learning-rate, or "
             "training.learning-rate. The last checkpoint is kept"
         )
 

@@ -6,7 +6,6 @@ server, and figures of rounds. So they spend no privacy.
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -23,44 +22,38 @@ from strategies.base import Round, Strategy, Weighted
 
 
 def strategy(federation: FederationConfig) -> Strategy:
-    """The strategy of a run, with the aggregation of ``federation.aggregate`` if there is one.
+    """The strategy of a run: one of the table, or a plug-in.
 
-    A plug-in gets copies of the round's adapters, so that it cannot change them. An adapter that it
-    returns must have the names and shapes of the global one, or, from ``start``, of an
-    institution's, and its values are taken without their gradients.
+    A plug-in gets a copy of the round's adapters, so that it cannot change them. An adapter that it
+    returns must have the names and shapes of the global one; its values are taken without their
+    gradients.
 
     Raises:
         InputError: If the plug-in cannot be loaded.
     """
-    own, name = STRATEGIES[federation.strategy], federation.aggregate
+    name = federation.own_code
     if not name:
-        return own
-    found = plugins.load("federation.aggregate", name)
-    given = found if isinstance(found, Strategy) else dataclasses.replace(own, aggregate=found)
-    residual = federation.traits.residuals
+        return STRATEGIES[federation.strategy]
+    found = plugins.load("federation.strategy", name)
+    given = found if isinstance(found, Strategy) else Strategy(aggregate=found)
+
+    def fitting(this_round: Round, made: Mapping[str, torch.Tensor]) -> AdapterState:
+        made = AdapterState({key: tensor.detach() for key, tensor in made.items()})
+        whole = this_round.before.updated(made)
+        if problem := whole.validate_against(this_round.before):
+            raise TypeError(f"its adapter does not fit: {problem}")
+        return made
 
     def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
-        with _named("federation.aggregate", name):
-            made = _plain(given.aggregate(copy.deepcopy(this_round), updates))
-            whole = this_round.before.updated(made)
-            if problem := whole.validate_against(this_round.before, residual=residual):
-                raise TypeError(f"its adapter does not fit: {problem}")
-        return made
+        with _named("federation.strategy", name):
+            return fitting(this_round, given.aggregate(copy.deepcopy(this_round), updates))
 
-    def start(this_round: Round, rank: int) -> AdapterState:
-        with _named("federation.aggregate", name):
-            made = _plain(given.start(copy.deepcopy(this_round), rank))
-            wanted = this_round.before.cut(rank)
-            if problem := made.validate_against(wanted, residual=residual):
-                raise TypeError(f"its start for rank {rank} does not fit: {problem}")
-        return made
+    def start(this_round: Round) -> AdapterState:
+        with _named("federation.strategy", name):
+            made = fitting(this_round, given.start(copy.deepcopy(this_round)))
+            return this_round.before.updated(made)
 
-    return Strategy(aggregate=aggregate, start=start if isinstance(found, Strategy) else own.start)
-
-
-def _plain(tensors: Mapping[str, torch.Tensor]) -> AdapterState:
-    """An adapter of these values, which remembers nothing of how they were computed."""
-    return AdapterState({name: tensor.detach() for name, tensor in tensors.items()})
+    return Strategy(aggregate=aggregate, start=start)
 
 
 def measures(federation: FederationConfig) -> dict[str, Metric]:

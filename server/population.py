@@ -107,10 +107,10 @@ def check_settings(config: RunConfig, records: Federation) -> None:
             f"in training, another data.label ({config.data.label!r} has {classes} classes for "
             f"{rows} rows; answers written out need model.task = sft)"
         )
-    units = records.units
-    config.adapter.ranks_of([accounting.public_size(count) for count in units])
     if config.privacy.enabled and config.privacy.delta:
-        largest = accounting.most_of_class(max(units))  # institutions plan for their size class
+        largest = accounting.most_of_class(
+            max(records.units)
+        )  # institutions plan for their size class
         accounting.check_delta(config.privacy.delta, largest)
 
 
@@ -143,15 +143,11 @@ def check_federation(config: RunConfig, institutions: int) -> None:
         if config.deployed
         else f"lower it or lower data.min-records (now {config.data.min_records})"
     )
-    for key, wanted in (
-        ("institutions-per-round", federation.institutions_per_round),
-        ("min-updates", federation.min_updates),
-    ):
-        if wanted > institutions:
-            raise InputError(
-                f"federation.{key} is {wanted}, but only {institutions} institutions have data; "
-                + remedy
-            )
+    if federation.institutions_per_round > institutions:
+        raise InputError(
+            f"federation.institutions-per-round is {federation.institutions_per_round}, but only "
+            f"{institutions} institutions have data; {remedy}"
+        )
     privacy = config.privacy
     if privacy.shares_noise and privacy.colluding < noise_shares.MIN_COLLUDING:
         raise InputError(
@@ -165,12 +161,9 @@ def check_federation(config: RunConfig, institutions: int) -> None:
             f"only {institutions} institutions have data; lower one of them"
         )
     asked = federation.institutions_per_round or institutions
-    if federation.robust != "none" and not robust.enough(
-        federation.robust, federation.byzantine, asked
-    ):
+    if federation.robust != "none" and not robust.enough(*federation.robust_rule, asked):
         raise InputError(
-            f"federation.robust is {federation.robust!r} with federation.byzantine "
-            f"{federation.byzantine:g}, which needs more than {asked} institutions a round "
-            "(median, trimmed-mean and norm-bound need over 2 f of them, krum and multi-krum at "
-            "least 2 f + 3); ask more institutions or lower federation.byzantine"
+            f"federation.robust is {federation.robust!r}, which needs more than {asked} "
+            "institutions a round: at least 2 f + 3, of which f are bad; ask more institutions or "
+            "assume a smaller share, as in multi-krum:0.1"
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config.config import RunConfig
-from fedlora.privacy import accounting, composition, odds
+from fedlora.privacy import composition, odds
 from fedlora.privacy.composition import Event, History
 from server.run_directory import RunState
 from server.spending import Spending
@@ -189,7 +189,7 @@ def history(config: RunConfig, spent: Mapping[str, Any]) -> History:
         steps=spent["steps"],
         shares=config.privacy.shares,
     )
-    return (steps, *accounting.size_events(spent["size_noise"]))
+    return (steps,)
 
 
 def odds_of(
@@ -215,7 +215,7 @@ def odds_of(
         return {}
     alike: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for spent in institutions.values():  # of those that differ in steps only, the one with most
-        figures = ("noise_multiplier", "sample_rate", "delta", "size_noise")
+        figures = ("noise_multiplier", "sample_rate", "delta")
         key = tuple(spent[figure] for figure in figures)
         if key not in alike or spent["steps"] > alike[key]["steps"]:
             alike[key] = spent

@@ -30,8 +30,8 @@ HELLO_PAUSE = 60.0
 """Seconds after which a deployment asks an institution again that did not take part; each further
 time twice as many. It is also the longest wait for that answer."""
 LEAST = (
-    "federation.min-updates, a robust rule, or privacy.honest + privacy.colluding and more than "
-    "half of institutions + colluding"
+    "a robust rule, or privacy.honest + privacy.colluding and more than half of institutions + "
+    "colluding"
 )
 """What decides on the least number of institutions of a round, in words."""
 MAX_SILENT = 2
@@ -117,14 +117,6 @@ class Roster:
                         "version-mismatch",
                         f"{hello.institution} runs fedlora {hello.version}, "
                         f"the server {fedlora.__version__}",
-                    )
-                rank, strategy = self._config.adapter.rank, self._config.federation.strategy
-                mixed = self._config.federation.traits.mixed_ranks
-                if hello.rank != rank and not (mixed and 1 <= hello.rank <= rank):
-                    raise Refusal(
-                        "wrong-rank",
-                        f"{hello.institution} has rank {hello.rank}, adapter.rank is {rank} and "
-                        f"federation.strategy {strategy}",
                     )
                 if self._config.privacy.shares_noise and not is_size_class(hello.size):
                     raise Refusal(
@@ -264,10 +256,6 @@ class Roster:
                 f"{len(self)} institutions are ready and {len(self.left_out)} refuse or are "
                 f"refused ({reasons(self.left_out)}); a round needs {least} ({LEAST})"
             )
-
-    def rank(self, node: int) -> int:
-        """Rank of an institution's factors."""
-        return self._known[node].rank
 
     def sizes(self) -> dict[str, float]:
         """Institution -> its size class, under secure aggregation."""

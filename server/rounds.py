@@ -221,7 +221,7 @@ class Federation:
     @property
     def least(self) -> int:
         """The least number of institutions with which a round can count."""
-        return max(self.aggregation.least_asked, self.config.federation.min_updates)
+        return self.aggregation.least_asked
 
     def online(self) -> dict[str, int]:
         """Institution -> node, for those that are online and may be asked."""
@@ -273,40 +273,28 @@ class Federation:
         return self.record(orders, outcome)
 
     def ask(self, names: Mapping[int, str]) -> Orders:
-        """The orders of the next round, for these institutions (node -> name).
-
-        An order and its adapter are made and packed once for each rank.
-        """
+        """The orders of the next round, for these institutions (node -> name)."""
         started, number, config = time.monotonic(), self.state.round + 1, self.config
         this_round = self._round(number, len(names))
-        ranks = {name: self.roster.rank(node) for node, name in names.items()}
-        starts = {r: self.strategy.start(this_round, r) for r in sorted(set(ranks.values()))}
-        sent = {name: starts[rank] for name, rank in ranks.items()}
-        this_round = dataclasses.replace(this_round, sent=sent)
+        start = self.strategy.start(this_round)
+        this_round = dataclasses.replace(this_round, sent=start)
         quiet = config.privacy.under_dp or config.deployed
         report = () if quiet else ("loss",)
-        orders = {
-            rank: TrainOrder(
-                run=self.state.run,
-                round=number,
-                participations=self.participations,
-                base=self.work.base.digest,
-                report=report,
-                parts=this_round.parts,
-                kept=this_round.local_parts,
-                adapter=start,
-            )
-            for rank, start in starts.items()
-        }
-        packed = {r: wire.pack_order(o, wire.pack_adapter(o.adapter)) for r, o in orders.items()}
-        contents = {name: packed[rank] for name, rank in ranks.items()}
+        order = TrainOrder(
+            run=self.state.run,
+            round=number,
+            participations=self.participations,
+            base=self.work.base.digest,
+            report=report,
+            parts=this_round.parts,
+            kept=this_round.local_parts,
+            adapter=start,
+        )
+        packed = wire.pack_order(order, wire.pack_adapter(start))
+        contents = dict.fromkeys(names.values(), packed)
         if self.session is not None:
-            (order,) = orders.values()  # all have one rank
             masked = self.session.masked_orders(number, secure_order.digest(order, config), names)
-            contents = {
-                name: wire.with_masked_order(content, masked[name])
-                for name, content in contents.items()
-            }
+            contents = {name: wire.with_masked_order(packed, masked[name]) for name in contents}
         group, ttl = str(number), config.federation.timeout
         return Orders(
             started=started,
@@ -339,9 +327,9 @@ class Federation:
         try:
             aggregated = self.aggregation.aggregate(this_round, replies)
             largest = base.largest(aggregated.adapter.only(PARTS))
-            if largest > this_round.limit:
+            if largest > base.MAX_VALUE:
                 raise Refusal(
-                    "too-large", f"the aggregate reached {largest:g}, above {this_round.limit:g}"
+                    "too-large", f"the aggregate reached {largest:g}, above {base.MAX_VALUE:g}"
                 )
         except Refusal as refusal:
             log.warning("round %d changes nothing: %s", this_round.number, refusal)
@@ -350,7 +338,7 @@ class Federation:
         return Outcome(
             aggregated=aggregated,
             report=report,
-            skipped=bool(refused) or report.updates < self.config.federation.min_updates,
+            skipped=bool(refused) or report.updates < self.least,
             refused=refused,
             privacy=replies.privacy,
             reported=replies.reported,
@@ -401,9 +389,8 @@ class Federation:
         """Evaluate the new state; the round's line of ``rounds.jsonl``."""
         state, report, number = self.state, outcome.report, orders.this_round.number
         every, self.measured = self.config.federation.evaluate_every, {}
-        if every and (number % every == 0 or number == self.config.federation.rounds):
+        if number % every == 0 or number == self.config.federation.rounds:
             self.measured = self.measure()
-        figures = {} if outcome.skipped else outcome.aggregated.figures()
         rejected = {**report.rejected, **outcome.aggregated.rejected}
         epsilons = self.aggregation.epsilons(state)
         accuracies = self.measured.get("institutions", {})
@@ -416,9 +403,7 @@ class Federation:
             "asked": len(orders.names),
             "updates": report.updates,
             "skipped": outcome.skipped,
-            "aggregation_error": figures.pop("error", None),
             "aggregation": {
-                **figures,
                 "rejected": dict(sorted(rejected.items())),
                 **({"refused": outcome.refused} if outcome.refused else {}),
             },
@@ -596,8 +581,8 @@ class Federation:
         newest_only = self.aggregation.newest_checkpoint_only
         tokens = records.encoding(self.config)
         found = f"{self.work.base.digest}\n{self.population.fingerprint}\n{tokens}"
-        if self.config.federation.aggregate:
-            own = plugins.describe([("federation.aggregate", self.config.federation.aggregate)])
+        if name := self.config.federation.own_code:
+            own = plugins.describe([("federation.strategy", name)])
             found += f"\n{json.dumps(own)}"
         inputs = hashlib.sha256(found.encode()).hexdigest()
         state = self.directory.latest(newest_only=newest_only) if resumed else None
@@ -614,7 +599,7 @@ class Federation:
             raise InputError(
                 f"{self.directory.path} was run on other records, base weights or another "
                 "tokenizer than data.source and model.name hold now, or with another "
-                f"federation.aggregate; restore them, or start anew with {OTHER}"
+                f"federation.strategy; restore them, or start anew with {OTHER}"
             )
         if state.dtype not in ("", self.work.base.dtype_name):
             log.warning(
@@ -644,8 +629,6 @@ class Federation:
             max_sizes=self.roster.max_sizes,
             alpha=config.adapter.alpha,
             rslora=config.adapter.method.endswith("rslora"),
-            residual_rank=federation.residual_rank,
-            max_update_norm=federation.max_update_norm,
             seed=config.seed,
             run=self.state.run,
         )

@@ -62,7 +62,7 @@ class RunState:
     Args:
         run: Identity of the run; survives a resume.
         inputs: SHA-256 (hex) of base weights, records, the tokenizer's encoding and the code of
-            ``federation.aggregate``.
+            ``federation.strategy``.
         round: The last round done; 0 before the first.
         adapter: The global adapter.
         moments: State of the server optimizer.

@@ -65,7 +65,6 @@ class Spending:
             "noise": privacy.noise,
             "max_grad_norm": privacy.max_grad_norm,
             "clipping": privacy.clipping,
-            "size_noise": self.config.paid_size_noise,
         }
         for name, value in known.items():
             _require(said, name, getattr(said, name) == value, f"the run has {value}")
@@ -136,7 +135,7 @@ class Spending:
         sigma = min(said.noise_multiplier, plan.noise_multiplier)
         whole = dataclasses.replace(plan, noise_multiplier=sigma)
         steps = max(said.steps, rounds_asked * whole.steps_per_round)
-        spent = (dataclasses.replace(whole.round_event, steps=steps), *whole.size_events)
+        spent = (dataclasses.replace(whole.round_event, steps=steps),)
         return {
             **dataclasses.asdict(said),
             "epsilon": composition.epsilon(spent, whole.delta, whole.accountant),

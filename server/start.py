@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from fedlora.config.config import INSTITUTIONS, RunConfig, from_flat, load
+from fedlora.config.sections import RESIDUAL_RANK
 from fedlora.data import sources, tables
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
@@ -52,7 +53,7 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     Returns:
         The adapter, with every tensor of the fresh one; the fresh one where nothing is set. Under a
         strategy with residuals the earlier adapter, of any rank and scale, is the residual: such a
-        strategy may start each round from factors of its own. Above ``federation.residual-rank`` it
+        strategy may start each round from factors of its own. Above `RESIDUAL_RANK` it
         is cut back to the nearest one of that rank.
 
     Raises:
@@ -91,7 +92,7 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             "adapter.target-modules"
         )
     if residuals:
-        return loaded.updated(_within(loaded, config.federation.residual_rank))
+        return loaded.updated(_within(loaded, RESIDUAL_RANK))
     if scale != Scale(config.adapter.alpha, config.adapter.method.endswith("rslora")):
         raise InputError(
             f"adapter.start is {start}, an adapter of alpha {scale.alpha:g}"

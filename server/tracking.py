@@ -45,7 +45,6 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     found = {
         "seconds": record["seconds"],
         "updates": record["updates"],
-        "aggregation_error": record["aggregation_error"],
         "epsilon_max": record["epsilon_max"],
         "bytes": sum(i["sent"] + i["received"] for i in record["institutions"].values()),
         **record["metrics"],

@@ -251,7 +251,6 @@ class _Checks:
         privacy = config.privacy
         for key in ("unit", "accountant", "noise", "max_grad_norm", "clipping"):
             _same(f"{key} of {name}", one[key], getattr(privacy, key), CONFIG)
-        _same(f"size_noise of {name}", one["size_noise"], config.paid_size_noise, CONFIG)
         least = max(rounds, one["rounds_asked"]) * config.training.local_steps
         if one["steps"] < least or one["rounds_asked"] < rounds:
             raise ValueError(f"steps of {name} are {one['steps']}, but its rounds have {least}")

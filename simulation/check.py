@@ -82,7 +82,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     lacking = sum(not ledger["fits"] for ledger in ledgers.values())
     strategy = attempt(plugged.strategy, config.federation)
     chosen = attempt(aggregation.choose, config, len(records.names), cap, strategy, None)
-    least = max(config.federation.min_updates, chosen.least_asked if chosen else 0)
+    least = chosen.least_asked if chosen else 1
     if lacking and len(records.names) - lacking < least:
         of = f"of {len(records.names)} institutions"
         if unusable:

@@ -1,11 +1,8 @@
 """Shared parts of strategies: the round, sampling of institutions, checks, weights of updates."""
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-
-import torch
 
 from fedlora.errors import Refusal
 from fedlora.gradients.lora_layers import Scale
@@ -15,7 +12,7 @@ from fedlora.privacy.streams import RandomSource
 from fedlora.wire.messages import ClientUpdate
 
 MAX_VALUE = 2.0**10
-"""Largest magnitude of a value in an update that counts."""
+"""Largest magnitude of a value that counts, in an update and in an aggregate."""
 Weighted = tuple[ClientUpdate, float]
 """An update and its weight, not normalised: the total is known only after the last update."""
 
@@ -28,7 +25,7 @@ class Round:
         number: The round's number, from 1.
         asked: The number of asked institutions, an upper bound of the number of updates.
         before: The global adapter with all parts.
-        sent: Institution -> the adapter in its order, where that is not the global adapter.
+        sent: The adapter in the orders; None: the global one.
         parts: The parts that institutions train and send.
         local_parts: The parts that institutions train and do not send.
         weighting: ``uniform``, or anything else for each update's own size.
@@ -38,8 +35,6 @@ class Round:
             adapters.
         alpha: LoRA's alpha.
         rslora: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
-        residual_rank: The rank above which residuals are cut back.
-        max_update_norm: The longest change of an update that counts, over all its tensors; 0: any.
         seed: The public seed of a strategy's draws.
         run: Identity of the run.
     """
@@ -47,7 +42,7 @@ class Round:
     number: int
     asked: int
     before: AdapterState
-    sent: Mapping[str, AdapterState] = field(default_factory=dict[str, AdapterState])
+    sent: AdapterState | None = None
     parts: tuple[Part, ...] = PARTS
     local_parts: tuple[Part, ...] = ()
     weighting: str = "uniform"
@@ -56,39 +51,13 @@ class Round:
     max_sizes: Mapping[str, float] = field(default_factory=dict[str, float])
     alpha: float = 1.0
     rslora: bool = False
-    residual_rank: int = 64
-    max_update_norm: float = 0.0
     seed: int = 0
     run: str = ""
 
     @property
-    def limit(self) -> float:
-        """Largest |weight x value| that counts, so that fixed-point sums cannot overflow.
-
-        1,024 with uniform weights. Otherwise 2^24: a million records with values up to 16.
-        """
-        return MAX_VALUE if self.weighting == "uniform" else 2.0**24
-
-    @property
-    def grid(self) -> float:
-        """Spacing of fixed-point sums: ``asked`` terms of at most ``limit`` stay within 2^62."""
-        return 2.0 ** (math.ceil(math.log2(max(self.asked, 1))) - 62) * self.limit
-
-    @functools.cached_property
-    def largest(self) -> float:
-        """The largest magnitude in the global adapter, which may weigh as much as an update."""
-        return largest(self.before.only(PARTS))
-
-    def sent_to(self, institution: str) -> AdapterState:
-        """The adapter from which an institution starts."""
-        return self.sent.get(institution, self.before)
-
-    def starts(self, institutions: Sequence[str]) -> tuple[list[AdapterState], list[int]]:
-        """The different adapters from which these start, and the index of each institution's."""
-        sent = [self.sent_to(name) for name in institutions]
-        found = {id(state): state for state in sent}
-        numbers = {key: number for number, key in enumerate(found)}
-        return list(found.values()), [numbers[id(state)] for state in sent]
+    def start(self) -> AdapterState:
+        """The adapter from which institutions start."""
+        return self.before if self.sent is None else self.sent
 
     def weight(self, update: ClientUpdate) -> float:
         """The update's weight beside others: 1, or its size, up to ``max_sizes``."""
@@ -105,7 +74,7 @@ class Round:
 Aggregate = Callable[[Round, Iterable[Weighted]], AdapterState]
 
 
-def the_global_adapter(this_round: Round, rank: int) -> AdapterState:
+def the_global_adapter(this_round: Round) -> AdapterState:
     """Institutions start from the global adapter as it is."""
     return this_round.before
 
@@ -116,16 +85,15 @@ class Strategy:
 
     Args:
         aggregate: A pure function of the round and its valid updates, in any order of arrival. It
-            returns the new adapter, the same to the last bit for every order; without updates an
+            returns the new adapter, the same for every order but for rounding; without updates an
             empty adapter, which changes nothing. It reads nothing else and draws no random number,
             so under DP it is post-processing: it spends no privacy.
-        start: A pure function of the round and a rank that returns the adapter from which an
-            institution of this rank starts. It may draw from the round's public seed. Ranks other
-            than the global adapter's occur only under the trait ``mixed_ranks``.
+        start: A pure function of the round that returns the adapter from which institutions start.
+            It may draw from the round's public seed.
     """
 
     aggregate: Aggregate
-    start: Callable[[Round, int], AdapterState] = the_global_adapter
+    start: Callable[[Round], AdapterState] = the_global_adapter
 
 
 def sample(
@@ -184,8 +152,7 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
         update: The update, as it arrived.
         institution: The institution that sent it, checked by `check_header`.
         this_round: The round of the order. Keys, shapes and dtype must be those of the parts in
-            the order; values of update and global adapter must be within the limits under this
-            weight and scale; the change must be no longer than ``max_update_norm``.
+            the order, and no value above `MAX_VALUE`.
 
     Raises:
         Refusal: With the reason as its code.
@@ -193,27 +160,12 @@ def validate(update: ClientUpdate, *, institution: str, this_round: Round) -> No
     if this_round.words or update.words is not None:
         _check_words(update, this_round.words)
         return
-    sent = this_round.sent_to(institution)
-    problem = update.adapter.validate_against(sent.only(this_round.parts))
+    problem = update.adapter.validate_against(this_round.start.only(this_round.parts))
     if problem:
         raise Refusal("invalid-update", problem)
-    weight = this_round.weight(update)
-    stretch = max(1.0, this_round.scale(sent.rank) / this_round.scale(this_round.before.rank))
-    own = stretch * largest(update.adapter)
+    own = largest(update.adapter)
     if own > MAX_VALUE:
         raise Refusal("too-large", f"a value is {own:g}; at most {MAX_VALUE:g} counts")
-    heaviest = weight * max(this_round.largest, own)
-    if heaviest > this_round.limit:
-        raise Refusal(
-            "too-large", f"a value weighs {heaviest:g}; at most {this_round.limit:g} counts"
-        )
-    if this_round.max_update_norm:
-        size = length(t.double() - sent[name].double() for name, t in update.adapter.items())
-        if size > this_round.max_update_norm:
-            raise Refusal(
-                "too-long",
-                f"the change is {size:g} long; at most {this_round.max_update_norm:g} counts",
-            )
 
 
 def _check_words(update: ClientUpdate, length: int) -> None:
@@ -229,7 +181,6 @@ def _check_size(size: float, weighting: str) -> None:
         "uniform": (size == 0, "none is asked for"),
         "public-size": (is_size_class(size), "a power of two"),
         "records": (1 <= size < math.inf and size == int(size), "a whole number from 1"),
-        "noised-size": (1 <= size < math.inf, "a number from 1"),
     }[weighting]
     if not fits:
         raise Refusal("invalid-size", f"size is {size}, under weighting {weighting}: {what}")
@@ -238,8 +189,3 @@ def _check_size(size: float, weighting: str) -> None:
 def largest(adapter: AdapterState) -> float:
     """The largest magnitude of an adapter's values; 0 for an empty one."""
     return max((max(float(t.max()), -float(t.min())) for t in adapter.values()), default=0.0)
-
-
-def length(tensors: Iterable[torch.Tensor]) -> float:
-    """The L2 norm over all tensors together."""
-    return float(torch.stack([tensor.square().sum() for tensor in tensors]).sum().sqrt())

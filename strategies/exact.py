@@ -6,8 +6,8 @@ The mean of the products is the product of the means and a rest of low rank,
     \sum_k p_k s B_k A_k = s \bar B \bar A + \Big(\sum_k p_k s B_k A_k - s \bar B \bar A\Big)
 
 Institutions continue from the mean factors on a layer that carries the rest. Nothing is written
-into the base, so quantised bases work. A residual above ``Round.residual_rank`` is cut back to the
-nearest one of that rank; the round's ``aggregation_error`` is then the loss.
+into the base, so quantised bases work. A residual above `RESIDUAL_RANK` is cut back to the nearest
+one of that rank.
 
 DoRA's direction is that of W + residual + s B A: its magnitudes and a head are plain tensors, and
 their weighted mean is exact.
@@ -18,10 +18,11 @@ Fine-Tuning of Foundation Models, arXiv 2410.09432.
 
 from collections.abc import Iterable
 
+from fedlora.config.sections import RESIDUAL_RANK
 from fedlora.models.adapters import AdapterState, residual_names
 from strategies import fedavg
 from strategies.base import Round, Strategy, Weighted
-from strategies.collected import collect
+from strategies.collected import Collected
 from strategies.lowrank import carried, recompressed
 from strategies.products import product
 
@@ -35,21 +36,20 @@ def aggregate(this_round: Round, updates: Iterable[Weighted]) -> AdapterState:
         updates: Validated, any order; same keys and shapes.
 
     Returns:
-        A new adapter with residuals, float32, of rank ``Round.residual_rank`` at most; up to that
+        A new adapter with residuals, float32, of rank `RESIDUAL_RANK` at most; up to that
         bound its product is exact but for rounding. Memory: beside the updates (`collected`), the
         sums of fedavg, and a few ``(d, sum r_k)`` matrices of one layer.
     """
-    with collect(updates) as everyone:
-        if not len(everyone):
-            return AdapterState({})
-        mean = fedavg.aggregate(this_round, everyone.weighted(everyone.weights))
-        result = dict(mean)
-        for path, layer in mean.layers().items():
-            scale, b, a = product(this_round, layer)
-            old = carried(this_round.before.factors(path))
-            products = [*old, *everyone.products(this_round, path), (-scale, b, a)]
-            pair = recompressed(products, this_round.residual_rank)
-            result |= zip(residual_names(path), pair, strict=True)
+    everyone = Collected(updates)
+    if not len(everyone):
+        return AdapterState({})
+    mean = fedavg.aggregate(this_round, everyone.weighted(everyone.weights))
+    result = dict(mean)
+    for path, layer in mean.layers().items():
+        scale, b, a = product(this_round, layer)
+        old = carried(this_round.before.factors(path))
+        products = [*old, *everyone.products(this_round, path), (-scale, b, a)]
+        result |= zip(residual_names(path), recompressed(products, RESIDUAL_RANK), strict=True)
     return AdapterState(result)
 
 

@@ -26,7 +26,6 @@ from fedlora.models.adapters import AdapterState
 from fedlora.privacy.noise_grid import on_grid
 from fedlora.privacy.streams import RandomSource
 from fedlora.wire.messages import ClientUpdate
-from strategies.base import length
 
 
 def aggregate(
@@ -62,7 +61,7 @@ def aggregate(
     total = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in before.items()}
     for update in updates:
         delta = {name: update.adapter[name].double() - t.double() for name, t in before.items()}
-        norm = length(delta.values())
+        norm = float(torch.stack([t.square().sum() for t in delta.values()]).sum().sqrt())
         share = min(1.0, max_norm / norm) if norm > 0 else 0.0
         for name, tensor in delta.items():
             total[name].add_(tensor, alpha=share)

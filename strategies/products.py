@@ -33,8 +33,8 @@ def factors(this_round: Round, tensors: Tensors) -> Floats:
     distinguished from zero.
 
     Args:
-        this_round: The round, for the names of all tensors and the scale of each rank.
-        tensors: Returns A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32; ranks may differ.
+        this_round: The round, for the names of all tensors and the scale.
+        tensors: Returns A ``(r_k, d_in)`` and B ``(d_out, r_k)``, float32.
     """
     layers = list(this_round.before.layers())
 
@@ -72,35 +72,18 @@ def inner(layers: int, each: Callable[[int], Sequence[Product]]) -> Floats:
 def vectors(
     this_round: Round, tensors: Tensors, parts: Sequence[str] = ("magnitude", "head")
 ) -> Floats:
-    """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 without such tensors.
-
-    Factors of different ranks count as padded with zeros.
-    """
+    """Inner products of n adapters' tensors of some parts, ``(n, n)``; 0 without such tensors."""
     total: Floats | float = 0.0
     for name in this_round.before.only(parts):
-        found = [t.reshape(len(t), -1) for t in tensors(name)]
-        shape = (max(t.shape[i] for t in found) for i in (0, 1))
-        padded = torch.zeros(len(found), *shape, dtype=torch.float64)
-        for place, t in zip(padded, found, strict=True):
-            place[: t.shape[0], : t.shape[1]] = t
-        padded = padded.flatten(1)
-        total = total + (padded @ padded.T).numpy()
+        rows = torch.stack([t.flatten() for t in tensors(name)]).double()
+        total = total + (rows @ rows.T).numpy()
     return np.asarray(total)
 
 
-def changes(inner: Floats, start: Sequence[int]) -> Floats:
-    """Inner products of n adapters' changes since their starts, ``(n, n)``.
+def changes(inner: Floats) -> Floats:
+    """Inner products of n adapters' changes since their start, ``(n, n)``.
 
     Args:
-        inner: The inner products of the n adapters and, after them, all starts.
-        start: The index of each adapter's start.
+        inner: The inner products of the n adapters and, after them, the start.
     """
-    n = len(start)
-    pick = np.eye(len(inner))[:n]
-    pick[np.arange(n), n + np.asarray(start, dtype=int)] = -1.0
-    return pick @ inner @ pick.T
-
-
-def norms(inner: Floats) -> Floats:
-    """Lengths ``(n,)`` from inner products; a square that rounding made negative counts as 0."""
-    return np.sqrt(np.maximum(np.diagonal(inner), 0.0))
+    return inner[:-1, :-1] - inner[:-1, -1:] - inner[-1:, :-1] + inner[-1, -1]

@@ -1,24 +1,19 @@
 """Rules that bound the influence of a few bad institutions on the global adapter.
 
-- ``median``, ``trimmed-mean`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor
-  by itself, as the mean without the f largest and smallest values, or as the median (the mean of
-  the middle two where n is even). These rules need a strategy that averages each factor by itself:
-  fedavg, ffa, rolora, fedsa.
-- ``krum``, ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared
-  distances to its n - f - 2 nearest others; krum takes the best one, multi-krum the n - f best.
-- ``norm-bound`` (Sun et al. 2019, arXiv 1911.07963): a change longer than the cohort's median is
-  scaled down to it.
+- ``median`` (Yin et al. 2018, arXiv 1803.01498): each coordinate of each factor by itself (the mean
+  of the middle two where n is even). It needs a strategy that averages each factor by itself.
+- ``multi-krum`` (Blanchard et al. 2017, NeurIPS): an update is scored by its squared distances to
+  its n - f - 2 nearest others, and the n - f best ones are taken.
 
-Distances and lengths are those of the products s B A with magnitudes and head (`products`). A large
-A with a small B has a harmless product, but does harm once averaged with other factors. Lengths of
-factors therefore count too: norm-bound limits each of the two to its median; krum adds the two
-squared distances, each over the median squared length. Krum and norm-bound only choose weights, and
-the strategy then takes its mean, so they work with every strategy whose institutions send all that
-they train: not with fedsa. Institutions report their own weights, so none counts more than the
-median weight. All rules read updates only: under DP they are post-processing.
+Distances are those of the products s B A with magnitudes and head (`products`). A large A with a
+small B has a harmless product, but does harm once averaged with other factors. So the squared
+distances of the factors count too, each of the two over its median squared length. multi-krum only
+chooses weights, and the strategy then takes its mean, so it works with every strategy whose
+institutions send all that they train: not with fedsa. Institutions report their own weights, so
+none counts more than the median weight. Both rules read updates only: under DP they are
+post-processing.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -27,36 +22,33 @@ import numpy as np
 import torch
 
 from fedlora.arrays import Floats
-from fedlora.config.sections import COORDINATE_WISE
 from fedlora.errors import Refusal
 from fedlora.models.adapters import AdapterState, kind
-from fedlora.wire.messages import ClientUpdate
 from strategies import products
 from strategies.base import Aggregate, Round, Weighted
-from strategies.collected import Collected, collect
+from strategies.collected import Collected
 
 
-def tolerated(byzantine: float, updates: int) -> int:
-    """The assumed number of bad updates: ``byzantine``, or below 1 that share of the updates."""
-    return int(byzantine) if byzantine >= 1 else math.floor(byzantine * updates + 1e-9)
+def tolerated(share: float, updates: int) -> int:
+    """The assumed number of bad updates: that share of the updates."""
+    return math.floor(share * updates + 1e-9)
 
 
-def enough(rule: str, byzantine: float, updates: int) -> bool:
-    """Whether there are enough updates: n > 2 f; for krum and multi-krum n >= 2 f + 3."""
-    least = 2 * tolerated(byzantine, updates) + (3 if rule.endswith("krum") else 1)
-    return updates >= least
+def enough(rule: str, share: float, updates: int) -> bool:
+    """Whether there are enough updates: one for the median; for multi-krum n >= 2 f + 3."""
+    return updates >= (1 if rule == "median" else 2 * tolerated(share, updates) + 3)
 
 
 def aggregate(
-    this_round: Round, updates: Iterable[Weighted], *, rule: str, byzantine: float, mean: Aggregate
+    this_round: Round, updates: Iterable[Weighted], *, rule: str, share: float, mean: Aggregate
 ) -> tuple[AdapterState, dict[str, str]]:
     """One round under a rule.
 
     Args:
         this_round: The round, as for a strategy.
         updates: The updates, as for a strategy.
-        rule: The name of the rule, as above.
-        byzantine: See `tolerated`.
+        rule: ``median`` or ``multi-krum``.
+        share: The share of bad updates that multi-krum assumes.
         mean: The strategy's aggregate.
 
     Returns:
@@ -65,47 +57,39 @@ def aggregate(
     Raises:
         Refusal: ``too-few-updates`` when there are not `enough` updates.
     """
-    with collect(updates) as everyone:
-        count = len(everyone)
-        if not enough(rule, byzantine, count):
-            raise Refusal(
-                "too-few-updates",
-                f"{rule} with federation.byzantine {byzantine:g} cannot use {count} updates",
-            )
-        bad = tolerated(byzantine, count)
-        if rule in COORDINATE_WISE:
-            cut = bad if rule == "trimmed-mean" else (count - 1) // 2
-            return _coordinates(this_round, everyone, cut), {}
-        changes = _changes(this_round, everyone)
-        most = statistics.median(everyone.weights)
-        weights = [min(weight, most) for weight in everyone.weights]
-        if rule == "norm-bound":
-            return _bounded(this_round, everyone, weights, changes, mean), {}
-        kept = nearest(_comparable(changes), bad, 1 if rule == "krum" else count - bad)
-        weights = [weight if i in kept else 0.0 for i, weight in enumerate(weights)]
-        out = {
-            name: f"not-chosen-by-{rule}"
-            for name, weight in zip(everyone.institutions, weights, strict=True)
-            if not weight
-        }
-        return mean(this_round, everyone.weighted(weights)), out
+    everyone = Collected(updates)
+    count = len(everyone)
+    if not enough(rule, share, count):
+        raise Refusal(
+            "too-few-updates", f"{rule} of a share of {share:g} cannot use {count} updates"
+        )
+    if rule == "median":
+        return _median(this_round, everyone), {}
+    most, bad = statistics.median(everyone.weights), tolerated(share, count)
+    kept = nearest(_comparable(_changes(this_round, everyone)), bad, count - bad)
+    weights = [min(w, most) if i in kept else 0.0 for i, w in enumerate(everyone.weights)]
+    out = {
+        name: f"not-chosen-by-{rule}"
+        for i, name in enumerate(everyone.institutions)
+        if i not in kept
+    }
+    return mean(this_round, everyone.weighted(weights)), out
 
 
 def _changes(this_round: Round, everyone: Collected) -> list[Floats]:
-    """Inner products ``(n, n)`` of the updates' changes since the adapters in their orders.
+    """Inner products ``(n, n)`` of the updates' changes since the adapter in their orders.
 
     The first are those of the products with magnitudes and head, the second those of the factors.
     """
-    starts, of = this_round.starts(everyone.institutions)
+    start = this_round.start
 
     def tensors(name: str) -> list[torch.Tensor]:
-        before = [state[name] for state in starts]
         sent = kind(name) in this_round.parts
-        return [*(everyone.tensors(name) if sent else (before[i] for i in of)), *before]
+        return [*(everyone.tensors(name) if sent else [start[name]] * len(everyone)), start[name]]
 
     inner = products.factors(this_round, tensors) + products.vectors(this_round, tensors)
     plain = products.vectors(this_round, tensors, ("A", "B"))
-    return [products.changes(each, of) for each in (inner, plain)]
+    return [products.changes(each) for each in (inner, plain)]
 
 
 def _comparable(changes: Sequence[Floats]) -> Floats:
@@ -135,42 +119,14 @@ def nearest(changes: Floats, bad: int, keep: int) -> set[int]:
     return {int(i) for i in np.argsort(scores, kind="stable")[:keep]}
 
 
-def _bounded(
-    this_round: Round,
-    everyone: Collected,
-    weights: Sequence[float],
-    changes: Sequence[Floats],
-    mean: Aggregate,
-) -> AdapterState:
-    """The mean of updates that are scaled towards the start, which joins as one more update.
-
-    The scaled update c w_k + (1 - c) w has a change that is c times as long: of factors, where the
-    strategy averages factors, and of products, where it averages products. The mean of scaled
-    updates is the mean of all w_k with weights c, and of w with the remaining weight.
-    """
-    share = np.ones(len(everyone))
-    for lengths in map(products.norms, changes):
-        bound = float(np.median(lengths))
-        shorter = np.divide(bound, lengths, where=lengths > bound, out=np.ones_like(lengths))
-        share = np.minimum(share, shorter)
-    scaled = [weight * float(part) for weight, part in zip(weights, share, strict=True)]
-    before = ClientUpdate(
-        institution="", round=this_round.number, adapter=this_round.before.only(this_round.parts)
+def _median(this_round: Round, everyone: Collected) -> AdapterState:
+    """The median of each coordinate, computed in float64."""
+    return AdapterState(
+        {
+            name: torch.tensor(
+                np.median(np.stack([t.double().numpy() for t in everyone.tensors(name)]), axis=0),
+                dtype=torch.float32,
+            )
+            for name in this_round.before.only(this_round.parts)
+        }
     )
-
-    def updates() -> Iterable[Weighted]:
-        yield before, math.fsum(weights) - math.fsum(scaled)
-        yield from everyone.weighted(scaled)
-
-    # twice as many: the global adapter weighs as much as all updates at most
-    return mean(dataclasses.replace(this_round, asked=2 * len(everyone)), updates())
-
-
-def _coordinates(this_round: Round, everyone: Collected, cut: int) -> AdapterState:
-    """The mean of each coordinate without its ``cut`` largest and smallest values."""
-    result: dict[str, torch.Tensor] = {}
-    for name in this_round.before.only(this_round.parts):
-        stack = np.sort(np.stack([t.numpy() for t in everyone.tensors(name)]), axis=0)
-        middle = stack[cut : len(stack) - cut].mean(axis=0, dtype=np.float64)
-        result[name] = torch.tensor(middle, dtype=torch.float32)
-    return AdapterState(result)

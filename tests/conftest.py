@@ -147,7 +147,6 @@ def tiny_config(tmp_path, tiny_encoder, complaints):
             "federation.server-optimizer": "adam",
             "federation.server-learning-rate": 0.01,
             "federation.server-head-learning-rate": 0.0,
-            "federation.average-last": 0.0,
             "privacy.noise": "seeded",
             "privacy.delta": 1e-4,
             "privacy.accountant": "rdp",

@@ -49,7 +49,6 @@ def privacy_spent(**changes):
         "noise": "seeded",
         "max_grad_norm": 1.0,
         "clipping": "flat",
-        "size_noise": 0.0,
         "ledger_epsilon": 2.0,
         "ledger_epsilon_alone": 2.0,
         "ledger_delta": 1e-5,

@@ -82,11 +82,10 @@ def check(config: RunConfig, out: Path, canaries: int, engine: str) -> None:
             "test; privacy.institution-epsilon promises to hide institutions, which it does not "
             "test: set privacy.epsilon, or leave out privacy.institution-epsilon"
         )
-    if config.federation.traits.local_parts or config.adapter.ranks:
+    if config.federation.traits.local_parts:
         raise InputError(
-            f"federation.strategy is {config.federation.strategy!r} and adapter.ranks "
-            f"{config.adapter.ranks!r}, but the audit needs adapters that all institutions "
-            "receive and send; use another strategy and one rank"
+            f"federation.strategy is {config.federation.strategy!r}, but the audit needs "
+            "adapters that all institutions receive and send; use another strategy"
         )
     if config.privacy.masks:
         raise InputError(

@@ -24,7 +24,6 @@ from fedlora.config import config_rules, gone, schemes
 from fedlora.config.sections import (
     INSTITUTIONS,
     MIN_NATURAL_RECORDS,
-    UNWEIGHTED,
     AdapterConfig,
     DataConfig,
     EngineConfig,
@@ -108,7 +107,7 @@ class RunConfig(Section):
         if privacy.shares_noise:
             config_rules.check_secure(federation, privacy, self.flat(), deployed=self.deployed)
         config_rules.check_robust(federation, privacy)
-        config_rules.check_strategy(self.adapter, federation)
+        config_rules.check_strategy(federation)
         config_rules.check_home(self.home, self.model.task)
         config_rules.check_plug_ins(self.plug_ins, federation, privacy, self.model.task)
         if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
@@ -121,7 +120,7 @@ class RunConfig(Section):
     def plug_ins(self) -> list[tuple[str, str]]:
         """(key, ``module:object``) of the code that is not part of fedlora."""
         named = [
-            ("federation.aggregate", self.federation.aggregate),
+            ("federation.strategy", self.federation.own_code),
             *(("federation.metrics", name) for name in self.federation.metrics),
             *(("tracking.callbacks", name) for name in self.tracking.callbacks),
             *(
@@ -135,12 +134,6 @@ class RunConfig(Section):
             ),
         ]
         return [(key, name) for key, name in named if name]
-
-    @property
-    def paid_size_noise(self) -> float:
-        """The deviation of the noise on a size that the budget pays for; 0 where none is sent."""
-        noised = self.federation.weighting == "noised-size"
-        return self.privacy.size_noise if noised else 0.0
 
     def at_home(self, institutions: int) -> list[int]:
         """The numbers of the institutions whose models at home a run compares, ascending.
@@ -294,8 +287,6 @@ def _dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         found["home.method"] = "none"
     if traits is not None and traits.no_server_optimizer:
         found["federation.server-optimizer"] = "none"
-    if traits is not None and not traits.averaged:
-        found["federation.average-last"] = 0.0
     optimizer = {**found, **values}.get("federation.server-optimizer")
     if optimizer in ("none", "momentum"):
         found["federation.server-learning-rate"] = 1.0
@@ -315,7 +306,7 @@ def _simulation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     partition = str(values.get("data.partition", DataConfig.partition))
     if partition.partition(":")[0] in schemes.BY_VALUE:
         found["data.min-records"] = MIN_NATURAL_RECORDS
-    weighed = values.get("federation.robust", "none") not in UNWEIGHTED
+    weighed = values.get("federation.robust", "none") != "median"
     try:
         hidden = float(values.get("privacy.institution-epsilon", PrivacyConfig.institution_epsilon))
     except (TypeError, ValueError):

@@ -4,10 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fedlora.config.sections import (
-    COORDINATE_WISE,
     MAX_LIST_TEXT,
-    UNWEIGHTED,
-    AdapterConfig,
     FederationConfig,
     HomeConfig,
     PrivacyConfig,
@@ -36,18 +33,10 @@ def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> No
             "federation.rounds is 0, so nothing is trained and there is no budget to plan; set "
             "privacy.epsilon and privacy.institution-epsilon to inf, or rounds to at least 1"
         )
-    if federation.institutions_per_round and (
-        federation.min_updates > federation.institutions_per_round
-    ):
-        raise InputError(
-            f"federation.min-updates is {federation.min_updates}, but only "
-            f"{federation.institutions_per_round} institutions are asked a round; lower it "
-            "or raise federation.institutions-per-round"
-        )
     if privacy.enabled and federation.weighting == "records":
         raise InputError(
             "federation.weighting is 'records', but exact counts may not leave under DP; "
-            "use uniform, public-size or noised-size"
+            "use uniform or public-size"
         )
     if privacy.hides_institutions and federation.weighting != "uniform":
         raise InputError(
@@ -60,11 +49,6 @@ def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> No
             f"federation.strategy is {federation.strategy!r}, but with "
             "privacy.institution-epsilon the server adds noise to a mean of the factors "
             f"themselves; use {names_with(lambda t: t.factor_means)}"
-        )
-    if not privacy.enabled and federation.weighting == "noised-size":
-        raise InputError(
-            "federation.weighting is 'noised-size', but privacy.epsilon is inf, so there is "
-            "no budget to pay it from; use uniform, public-size or records"
         )
 
 
@@ -79,14 +63,9 @@ def check_lists(flat: Mapping[str, Scalar]) -> None:
             )
 
 
-def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None:
+def check_strategy(federation: FederationConfig) -> None:
     """Refuse settings under which a strategy would not be the method of its paper."""
     strategy, traits = federation.strategy, federation.traits
-    if adapter.ranks and not traits.mixed_ranks:
-        raise InputError(
-            f"adapter.ranks is {adapter.ranks!r}, but federation.strategy {strategy!r} averages "
-            f"factors of one rank; leave it empty or use {names_with(lambda t: t.mixed_ranks)}"
-        )
     stepped = federation.server_optimizer != "none" or federation.server_learning_rate != 1
     if traits.no_server_optimizer and stepped:
         raise InputError(
@@ -94,12 +73,6 @@ def check_strategy(adapter: AdapterConfig, federation: FederationConfig) -> None
             f"server-learning-rate {federation.server_learning_rate:g}, but federation.strategy "
             f"{strategy!r} takes no server optimizer; use none and 1, and set the step with "
             "training.learning-rate"
-        )
-    if federation.average_last and not traits.averaged:
-        raise InputError(
-            f"federation.average-last is {federation.average_last:g}, but under "
-            f"federation.strategy {strategy!r} adapters of different rounds go with different "
-            "bases or institutions and have no mean; use 0"
         )
 
 
@@ -122,32 +95,6 @@ def check_plug_ins(
     for place, name in plug_ins:
         if not all(name.partition(":")):
             raise InputError(f"{place} is {name!r}; it must be module:object, such as mine:median")
-    if federation.aggregate:
-        for name, value, passes, why in (
-            (
-                "privacy.trust",
-                privacy.trust,
-                not privacy.shares_noise,
-                "the server sees a sum only",
-            ),
-            (
-                "privacy.institution-epsilon",
-                privacy.institution_epsilon,
-                not privacy.hides_institutions,
-                "the noise goes with the sensitivity of the plain mean",
-            ),
-            (
-                "federation.robust",
-                federation.robust,
-                federation.robust == "none",
-                "a robust rule takes its place",
-            ),
-        ):
-            if not passes:
-                raise InputError(
-                    f"federation.aggregate is {federation.aggregate!r}, but {name} is {value!r}, "
-                    f"where {why}; leave one of them out"
-                )
     names = federation.metric_names
     for name in names:
         if not name.isidentifier() or name in OWN_FIGURES or names.count(name) > 1:
@@ -172,26 +119,21 @@ def check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     rule, strategy, traits = federation.robust, federation.strategy, federation.traits
     if rule == "none":
         return
-    if federation.byzantine >= 0.5 and federation.byzantine != int(federation.byzantine):
+    if rule == "median" and not traits.factor_means:
         raise InputError(
-            f"federation.byzantine is {federation.byzantine:g}; it must be a share below 0.5 or a "
-            "whole number: no rule withstands a majority"
-        )
-    if rule in COORDINATE_WISE and not traits.factor_means:
-        raise InputError(
-            f"federation.robust is {rule!r}, which takes each coordinate of the factors by itself, "
+            "federation.robust is 'median', which takes each coordinate of the factors by itself, "
             f"but federation.strategy {strategy!r} does not average each factor by itself; use "
-            f"krum, multi-krum or norm-bound, or {names_with(lambda t: t.factor_means)}"
+            f"multi-krum, or {names_with(lambda t: t.factor_means)}"
         )
-    if rule not in COORDINATE_WISE and traits.local_parts:
+    if rule != "median" and traits.local_parts:
         raise InputError(
             f"federation.robust is {rule!r}, which measures products, but under "
-            f"federation.strategy {strategy!r} institutions keep their B; use median, trimmed-mean"
+            f"federation.strategy {strategy!r} institutions keep their B; use median"
         )
-    if rule in UNWEIGHTED and federation.weighting != "uniform":
+    if rule == "median" and federation.weighting != "uniform":
         raise InputError(
             f"federation.robust is {rule!r}, which takes no weights, but federation.weighting is "
-            f"{federation.weighting!r}; use uniform, or multi-krum or norm-bound"
+            f"{federation.weighting!r}; use uniform, or multi-krum"
         )
     if privacy.hides_institutions:
         raise InputError(
@@ -209,9 +151,7 @@ _SECURE: Mapping[str, tuple[Scalar, str]] = {
     "federation.weighting": ("public-size", "the sum counts every record alike"),
     "federation.institutions-per-round": (0, "all institutions are asked in every round"),
     "federation.robust": ("none", _NO_UPDATE),
-    "federation.max-update-norm": (0, _NO_UPDATE),
     "privacy.institution-epsilon": (math.inf, _NO_UPDATE),
-    "adapter.ranks": ("", "all vectors have one length"),
 }
 """Key -> the only value under secure aggregation, and the reason."""
 

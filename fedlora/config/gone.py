@@ -6,6 +6,16 @@ KEYS: dict[str, str] = {
     "home.head-learning-rate": "it is 0.05",
     "home.proximal": "an own model is a mean with the shared one (home.method = interpolate)",
     "home.epsilon": "models at home have no DP and stay at the institution",
+    "adapter.ranks": "all institutions have adapter.rank",
+    "federation.residual-rank": "residuals have a rank of at most 64",
+    "federation.min-updates": "a round counts with one valid update, or as federation.robust needs",
+    "federation.max-update-norm": "federation.robust bounds the influence of an institution",
+    "federation.average-last": "the adapters of the last fifth of the rounds are averaged",
+    "federation.evaluate-every": "the server evaluates six times, and after the last round",
+    "privacy.size-noise": "federation.weighting is uniform, public-size or records",
+    "privacy.institution-delta": "it is a power of ten below 1 / (10 x institutions)",
+    "federation.aggregate": "federation.strategy takes module:object",
+    "federation.byzantine": "federation.robust takes the share, such as multi-krum:0.2",
 }
 """A key that was removed -> what to use, the end of the sentence "KEY is gone; ..."."""
 COMMANDS: dict[str, str] = {

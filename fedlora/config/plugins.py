@@ -18,7 +18,7 @@ from typing import Any, cast
 from fedlora.errors import InputError
 
 ARGUMENTS = {
-    "federation.aggregate": ("this_round", "updates"),
+    "federation.strategy": ("this_round", "updates"),
     "federation.metrics": ("predictions",),
     "tracking.callbacks": ("record",),
     "data.source": (),

@@ -4,6 +4,7 @@ Each section checks itself when it is made. What two sections must agree on is c
 `fedlora.config.config_rules`.
 """
 
+import difflib
 import math
 import re
 import urllib.parse
@@ -12,17 +13,14 @@ from dataclasses import dataclass
 
 from fedlora import processors
 from fedlora.config import schemes
-from fedlora.config.settings_schema import Section, check_zero_or, kebab, key
-from fedlora.config.strategy_table import STRATEGY_TABLE, Traits, names_with
+from fedlora.config.settings_schema import Section, check_zero_or, key
+from fedlora.config.strategy_table import PLUG_IN, STRATEGY_TABLE, Traits, names_with
 from fedlora.data.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.secure import noise_shares
 
-COORDINATE_WISE = ("median", "trimmed-mean")
-"""Robust rules that take each coordinate of the factors by itself."""
-UNWEIGHTED = (*COORDINATE_WISE, "krum")
-"""Robust rules that take no weights."""
-ROBUST = (*UNWEIGHTED, "multi-krum", "norm-bound")
+KRUM, BAD_SHARE = "multi-krum", 0.2
+"""The robust rule on distances, and the share of bad institutions that it assumes by default."""
 
 SECURE_AGGREGATION = "secure-aggregation"
 """``privacy.trust`` where institutions add shares of noise to a sum of their vectors."""
@@ -44,6 +42,13 @@ MIN_NATURAL_RECORDS = 8
 partition are left out by default."""
 MIN_RATE = 1e-7
 """The smallest learning rate."""
+EVALUATIONS = 6
+"""How often a run evaluates on held-out rows, about."""
+AVERAGED_SHARE = 0.2
+"""The share of the last rounds whose adapters are averaged into the final one, at no cost in
+privacy, where a strategy's adapters have a mean."""
+RESIDUAL_RANK = 64
+"""The rank above which a residual is cut back to the nearest one."""
 
 _CREDENTIALS = re.compile(
     r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
@@ -108,12 +113,6 @@ class AdapterConfig(Section):
     prefix = "adapter."
     method: str = key("lora", "adapter method", choices=METHODS)
     rank: int = key(8, "rank r of A (r, d_in) and B (d_out, r)", at_least=1)
-    ranks: str = key(
-        "",
-        "heterogeneous ranks, at most adapter.rank, for svd, stack and pad: one for each "
-        "institution in the order of names, joined by commas; or size: adapter.rank for the "
-        "largest size class, half of it for half the size and so on; empty: adapter.rank for all",
-    )
     alpha: float = key(
         16.0, "the scale is alpha / r, or alpha / sqrt(r) with rslora", at_least=1e-6, at_most=1e4
     )
@@ -136,43 +135,9 @@ class AdapterConfig(Section):
         (), "names of the layers that get an adapter; empty: the architecture's usual ones"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ranks not in ("", "size"):
-            for text in self.ranks.split(","):
-                whole = text.strip().isdecimal() and len(text) < 20  # int() refuses 5,000 digits
-                if not whole or not 1 <= int(text) <= self.rank:
-                    raise InputError(
-                        f"adapter.ranks has {text[:40]!r}; it must be size, or whole numbers from "
-                        f"1 to adapter.rank ({self.rank}) joined by commas: correct it, or raise "
-                        "adapter.rank"
-                    )
-
     def reads_labels(self, classes: int) -> bool:
         """Whether the head of so many classes is made from their words."""
         return self.head == "labels" or (self.head == "auto" and classes >= MANY_CLASSES)
-
-    def ranks_of(self, classes: Sequence[int]) -> list[int]:
-        """The rank of each institution.
-
-        Args:
-            classes: The institutions' size classes, powers of two, in the order of names.
-
-        Raises:
-            InputError: If ``ranks`` lists more or fewer ranks.
-        """
-        if not self.ranks:
-            return [self.rank] * len(classes)
-        if self.ranks == "size":
-            largest = max(classes)
-            return [max(1, self.rank * size // largest) for size in classes]
-        listed = [int(text) for text in self.ranks.split(",")]
-        if len(listed) != len(classes):
-            raise InputError(
-                f"adapter.ranks lists {len(listed)} ranks for {len(classes)} institutions; "
-                "list one for each, or set it to size"
-            )
-        return listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,43 +262,26 @@ class FederationConfig(Section):
     rounds: int = key(40, "rounds; 0 measures the adapter before training", at_least=0)
     strategy: str = key(
         "fedavg",
-        "aggregation: " + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items()),
-        choices=tuple(STRATEGY_TABLE),
-    )
-    aggregate: str = key(
-        "",
-        "a plug-in, module:object, in place of the strategy's own aggregation: a function of the "
-        "round and its updates, run by the server; empty: the strategy's own",
+        "aggregation: "
+        + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items())
+        + "; or a plug-in, module:object, a function of the round and its updates that the server "
+        "calls",
     )
     metrics: tuple[str, ...] = key(
         (), "plug-ins, module:object, that measure the predictions on held-out rows"
     )
-    residual_rank: int = key(
-        64, "stack, exact: the largest rank of a residual, which is cut back to it", at_least=1
-    )
     institutions_per_round: int = key(0, "institutions asked in each round; 0: all", at_least=0)
-    min_updates: int = key(1, "with fewer valid updates a round changes nothing", at_least=1)
-    max_update_norm: float = key(
-        0.0, "largest norm of an update that counts, over all its tensors; 0: any", at_least=0
-    )
     weighting: str = key(
         "uniform",
         "weight of an institution: uniform, public-size (the size class, a power of two), "
-        "noised-size (paid from the institution's budget), records (exact; without DP only); by "
-        "default public-size in a simulation, where a rule may weigh",
-        choices=("uniform", "public-size", "noised-size", "records"),
+        "records (exact; without DP only); by default public-size in a simulation, where a rule "
+        "may weigh",
+        choices=("uniform", "public-size", "records"),
     )
     robust: str = key(
         "none",
-        "rule against bad institutions: median, trimmed-mean (each coordinate by itself); krum, "
-        "multi-krum, norm-bound (from distances of the products)",
-        choices=("none", *ROBUST),
-    )
-    byzantine: float = key(
-        0.2,
-        "bad institutions that a robust rule assumes: a number, or below 1 a share of the "
-        "updates that arrive",
-        at_least=0,
+        "rule against bad institutions: none, median (each coordinate by itself), or multi-krum "
+        "(from distances of the products), for a share of bad ones of 0.2 or as in multi-krum:0.1",
     )
     server_optimizer: str = key(
         "adam",
@@ -353,28 +301,36 @@ class FederationConfig(Section):
         at_least=0,
         at_most=1e4,
     )
-    average_last: float = key(
-        0.2,
-        "share of the last rounds whose adapters are averaged into the final one, at no cost in "
-        "privacy; by default 0 with strategies whose adapters have no mean",
-        at_least=0,
-        at_most=1,
-    )
     timeout: float = key(
         600.0,
         "seconds that an institution may take for a round; at home as much longer as its work "
         "there is more",
         above=0,
     )
-    evaluate_every: int = key(
-        1, "rounds between evaluations on the held-out rows; 0: only at the end", at_least=0
-    )
+
+    @property
+    def evaluate_every(self) -> int:
+        """Rounds between evaluations on the held-out rows; the last round has one too."""
+        return max(1, self.rounds // EVALUATIONS)
 
     @property
     def evaluations(self) -> int:
-        """How often a run evaluates: every so many rounds, after the last, and at least once."""
-        every = self.evaluate_every
-        return max(1, math.ceil(self.rounds / every)) if every else 1
+        """How often a run evaluates, at least once."""
+        return max(1, math.ceil(self.rounds / self.evaluate_every))
+
+    @property
+    def robust_rule(self) -> tuple[str, float]:
+        """The robust rule, and the share of bad updates that it assumes; nan for no number."""
+        rule, colon, share = self.robust.partition(":")
+        try:
+            return rule, float(share) if colon else BAD_SHARE
+        except ValueError:
+            return rule, math.nan
+
+    @property
+    def own_code(self) -> str:
+        """The plug-in that takes the place of a strategy; empty for one of the table."""
+        return self.strategy if ":" in self.strategy else ""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -384,12 +340,30 @@ class FederationConfig(Section):
     @property
     def traits(self) -> Traits:
         """The facts about the strategy that both sides need."""
-        return STRATEGY_TABLE[self.strategy]
+        return PLUG_IN if self.own_code else STRATEGY_TABLE[self.strategy]
 
     @property
     def averaged_from(self) -> int:
         """The first round of the mean of the last adapters; above ``rounds`` without one."""
-        return self.rounds - round(self.average_last * self.rounds) + 1
+        averaged = round(AVERAGED_SHARE * self.rounds) if self.traits.averaged else 0
+        return self.rounds - averaged + 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.own_code and self.strategy not in STRATEGY_TABLE:
+            near = difflib.get_close_matches(self.strategy, STRATEGY_TABLE, n=1)
+            raise InputError(
+                f"federation.strategy is {self.strategy!r}; it must be module:object or one of "
+                f"{', '.join(STRATEGY_TABLE)}" + f"; did you mean {''.join(near)}?" * bool(near)
+            )
+        rule, share = self.robust_rule
+        fine = self.robust in ("none", "median") or (rule == KRUM and 0 < share < 0.5)
+        if not fine:
+            raise InputError(
+                f"federation.robust is {self.robust!r}; it must be none, median, multi-krum or "
+                "multi-krum:SHARE with a share of bad institutions above 0 and below 0.5, such as "
+                "multi-krum:0.2: no rule withstands a majority"
+            )
 
     def participations(self, institutions: int) -> int:
         """The most rounds for which one institution may be asked: all rounds, or an even share.
@@ -462,12 +436,6 @@ class PrivacyConfig(Section):
         "secure: under a key from the operating system; seeded: reproducible, protects nobody",
         choices=("secure", "seeded"),
     )
-    size_noise: float = key(
-        10.0,
-        "weighting noised-size: standard deviation of the noise on the number of units",
-        at_least=0.01,
-        at_most=1e6,
-    )
     ledger: str = key(
         "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
     )
@@ -484,21 +452,13 @@ class PrivacyConfig(Section):
         above=0,
         infinite=True,
     )
-    institution_delta: float = key(
-        0.0,
-        "delta of institution-level DP; 0: the largest power of ten not above "
-        "1 / (10 x institutions)",
-        at_least=0,
-        below=1,
-    )
     institution_max_norm: float = key(
         1.0, "clipping bound of an institution's update in a round", at_least=1e-6, at_most=1e6
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("delta", "institution_delta"):
-            check_zero_or(self.prefix + kebab(field), getattr(self, field), MIN_DELTA)
+        check_zero_or("privacy.delta", self.delta, MIN_DELTA)
 
     @property
     def enabled(self) -> bool:

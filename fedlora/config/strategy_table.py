@@ -27,7 +27,6 @@ class Traits:
         linear: Whether the new adapter is the mean of each trained tensor and nothing more, and no
             part stays at institutions. The server can then step on a sum
             (`strategies.noised_sum`).
-        mixed_ranks: Whether institutions may have different ranks.
         residuals: Whether the strategy puts the part of a mean that the factors do not hold into a
             frozen residual of the base's layers.
         changes_basis: Whether the factors of two rounds stand in different bases. A difference or a
@@ -40,7 +39,6 @@ class Traits:
     local_parts: tuple["Part", ...] = ()
     factor_means: bool = False
     linear: bool = False
-    mixed_ranks: bool = False
     residuals: bool = False
     changes_basis: bool = False
 
@@ -84,15 +82,17 @@ STRATEGY_TABLE: Mapping[str, Traits] = {
         linear=True,
         sent=(_FROZEN_A, _FROZEN_B),
     ),
-    "svd": Traits(summary="mean of the products, cut back to the rank", mixed_ranks=True),
-    "stack": Traits(summary="exact, fresh factors in each round", mixed_ranks=True, residuals=True),
+    "svd": Traits(summary="mean of the products, cut back to the rank"),
+    "stack": Traits(summary="exact, fresh factors in each round", residuals=True),
     "exact": Traits(summary="exact, the base carries the rest", residuals=True),
     "fedsa": Traits(
         summary="only A shared", factor_means=True, sent=(_SHARED_A,), local_parts=_OUTPUTS
     ),
-    "pad": Traits(summary="own ranks, padded", mixed_ranks=True),
 }
 """Strategy -> its traits, in the order of the configuration's help."""
+
+PLUG_IN = Traits(summary="a plug-in")
+"""The traits of ``federation.strategy = "module:object"``."""
 
 
 def names_with(trait: Callable[[Traits], object]) -> str:

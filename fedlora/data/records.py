@@ -5,15 +5,13 @@ cached.
 """
 
 import functools
-from collections.abc import Sequence
 
 from fedlora.config.config import RunConfig
-from fedlora.config.sections import AdapterConfig, DataConfig, ModelConfig
+from fedlora.config.sections import DataConfig, ModelConfig
 from fedlora.data import data, sources
 from fedlora.data.encoding import encoding_key
 from fedlora.data.shards import Federation
 from fedlora.models import model_files, models
-from fedlora.privacy import accounting
 
 
 def load(config: RunConfig) -> Federation:
@@ -27,15 +25,6 @@ def load(config: RunConfig) -> Federation:
     )
 
 
-def ranks(config: RunConfig) -> Sequence[int]:
-    """The rank of each institution's factors, in the order of names.
-
-    Raises:
-        InputError: If ``adapter.ranks`` lists more or fewer ranks, or as `load`.
-    """
-    return _ranks(config.adapter, load(config))
-
-
 def encoding(config: RunConfig) -> str:
     """The digest of the tokenizer and of all else, but the labels, that turns texts into tokens."""
     return _encoding(config.model, config.data.prompt, config.training.max_length)
@@ -44,13 +33,7 @@ def encoding(config: RunConfig) -> str:
 def forget() -> None:
     """Drop the records in memory, so that changed sources are read again."""
     _load.cache_clear()
-    _ranks.cache_clear()
     sources.forget()
-
-
-@functools.lru_cache(maxsize=1)
-def _ranks(adapter: AdapterConfig, federation: Federation) -> list[int]:
-    return adapter.ranks_of([accounting.public_size(count) for count in federation.units])
 
 
 def _encoding(model: ModelConfig, prompt: str, max_length: int) -> str:

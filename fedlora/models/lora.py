@@ -52,7 +52,7 @@ def attach(base: Base, adapter: AdapterConfig, seed: int) -> PeftModel:
 
     Args:
         base: A base without an adapter.
-        adapter: The adapter's settings; ``ranks`` and ``start`` have no effect here.
+        adapter: The adapter's settings; ``start`` has no effect here.
         seed: The seed of the initial A.
 
     Raises:

@@ -278,9 +278,7 @@ def _question(settings: _Settings, base: models.Base) -> dict[str, Any]:
     return {
         "weights": base.digest,
         "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
-        "adapter": dataclasses.asdict(
-            dataclasses.replace(settings.adapter, ranks="", start="", head="zero")
-        ),
+        "adapter": dataclasses.asdict(dataclasses.replace(settings.adapter, start="", head="zero")),
         "task": (
             settings.model.task,
             settings.max_length,

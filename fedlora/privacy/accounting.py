@@ -180,7 +180,6 @@ class PrivacyPlan:
         steps_per_round: Local steps a round.
         rounds: The most rounds in which the institution takes part.
         accountant: ``"prv"`` or ``"rdp"``.
-        size_noise: Deviation of the noise on the released number of units; 0: it is not released.
         honest: Under secure aggregation the number of institutions whose shares of noise are in
             every sum; ``noise_multiplier`` is that of their sum. 0: the institution adds all of the
             noise itself.
@@ -196,7 +195,6 @@ class PrivacyPlan:
     steps_per_round: int
     rounds: int
     accountant: str
-    size_noise: float = 0.0
     honest: int = 0
 
     @property
@@ -222,12 +220,7 @@ class PrivacyPlan:
     @property
     def events(self) -> tuple[Event, ...]:
         """The largest cost of the whole run."""
-        return (self._steps(self.max_steps), *self.size_events)
-
-    @property
-    def size_events(self) -> tuple[Event, ...]:
-        """The cost of releasing a noised number of units; empty without that release."""
-        return size_events(self.size_noise)
+        return (self._steps(self.max_steps),)
 
     def share_scale(self, parameters: int) -> float:
         """The scale of this institution's share of noise, in steps of the grid.
@@ -261,12 +254,3 @@ def epsilon_alone(history: Iterable[Event], delta: float, accountant: str) -> fl
         return composition.epsilon((event.alone() for event in history), delta, accountant)
     except InputError:
         return math.inf
-
-
-def size_events(size_noise: float) -> tuple[Event, ...]:
-    """The release of a number of units: one Gaussian mechanism of sensitivity 1.
-
-    Args:
-        size_noise: Standard deviation of its noise, in units; 0: no release.
-    """
-    return (Event(noise_multiplier=size_noise, sample_rate=1.0, steps=1),) if size_noise else ()

@@ -10,7 +10,7 @@ from fedlora.config.config import RunConfig
 from fedlora.config.sections import PrivacyConfig
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError
-from fedlora.privacy import accounting, composition, discrete_gaussian
+from fedlora.privacy import accounting, discrete_gaussian
 from fedlora.privacy.accounting import PrivacyPlan
 from fedlora.secure import noise_shares
 
@@ -29,7 +29,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     Raises:
         InputError: If there are fewer than one or more participations than the run has rounds, if
             delta is not below 1 / (the most units of its size class), no noise reaches the budget,
-            the noised size alone spends it, or under secure aggregation the noise is beyond
+            or under secure aggregation the noise is beyond
             `discrete_gaussian.MAX_SCALE` or the batch beyond `noise_shares.MAX_BATCH`.
     """
     rounds = config.federation.rounds
@@ -42,21 +42,12 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     size_class = accounting.public_size(units)
     delta = delta_of(privacy, units)
     rate = accounting.sample_rate(training.sample_rate, training.batch_size, size_class)
-    size_noise = config.paid_size_noise
-    size_events = accounting.size_events(size_noise)
-    of_size = composition.epsilon(size_events, delta, privacy.accountant)
-    if of_size >= privacy.epsilon:
-        raise InputError(
-            f"privacy.size-noise is {size_noise:g}, at which the noised size alone costs epsilon "
-            f"{of_size:.4g} of privacy.epsilon {privacy.epsilon:g}; raise either"
-        )
     noise_multiplier = _noise_multiplier(
         epsilon=privacy.epsilon,
         delta=delta,
         sample_rate=rate,
         steps=training.local_steps * participations,
         accountant=privacy.accountant,
-        history=size_events,
         shares=privacy.shares,
     )
     plan = PrivacyPlan(
@@ -70,7 +61,6 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         steps_per_round=training.local_steps,
         rounds=participations,
         accountant=privacy.accountant,
-        size_noise=size_noise,
         honest=privacy.shares,
     )
     if plan.honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:

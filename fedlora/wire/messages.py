@@ -25,7 +25,6 @@ class Hello:
         institution: Its name, unique in the federation.
         version: Its fedlora version.
         fits: Whether the whole run fits what its privacy ledger has left.
-        rank: The rank of its factors.
         size: Its size class, under secure aggregation; 0 otherwise.
         code: A digest of fedlora's files there; empty in a simulation.
     """
@@ -33,7 +32,6 @@ class Hello:
     institution: str
     version: str
     fits: bool
-    rank: int
     size: int = 0
     code: str = ""
 
@@ -181,7 +179,6 @@ class PrivacySpent:
         noise: ``secure`` or ``seeded``.
         max_grad_norm: Clipping bound.
         clipping: ``flat`` or ``automatic``.
-        size_noise: Standard deviation of the noise on the noised size; 0 without a noised size.
         ledger_epsilon: The spending of all runs on these records, at ``ledger_delta``.
         ledger_epsilon_alone: The same if all others collude in runs with secure aggregation; inf
             where an institution's own share protects nothing.
@@ -199,7 +196,6 @@ class PrivacySpent:
     noise: str
     max_grad_norm: float
     clipping: str
-    size_noise: float
     ledger_epsilon: float
     ledger_epsilon_alone: float
     ledger_delta: float
@@ -223,7 +219,7 @@ class ClientUpdate:
         round: The order's round.
         adapter: The trained parts, after local training; empty where there are ``words``.
         run: The order's run.
-        size: The size for the weighting: a size class, a noised size or a record count; 0 for
+        size: The size for the weighting: a size class or a record count; 0 for
             uniform weights.
         privacy: The privacy spent; None without DP.
         metrics: The requested figures; empty under DP.

@@ -212,7 +212,6 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("data.labels=loan,card", ["fraud"]),
         ("data.min-records=100000", ["min-records", "100000"]),
         ("data.partition=iid", ["data.institutions"]),
-        ("federation.min-updates=9", ["federation.min-updates", "9", "4 institutions"]),
         (
             "federation.institutions-per-round=9",
             ["federation.institutions-per-round", "9", "4 institutions"],
@@ -223,10 +222,6 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("privacy.epsilon=1e-9", ["epsilon", "1e-09", "raise"]),
         ("privacy.ledger=/dev/null", ["privacy.ledger", "/dev/null"]),
         ("tracking.mlflow=http://u:word@host", ["tracking.mlflow", "MLFLOW_TRACKING_PASSWORD"]),
-        (
-            "privacy.institution-delta=0.3 privacy.institution-epsilon=1",
-            ["institution-delta", "0.3"],
-        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(config_file, tmp_path, assign, words):

@@ -16,7 +16,6 @@ from client.institution import Institution
 from client.ledger import Ledger
 from client.settings import Settings
 from fedlora.config.config import from_flat
-from fedlora.config.sections import AdapterConfig
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.data import records
 from fedlora.data.shards import Shard
@@ -65,17 +64,6 @@ def test_a_later_round_reads_no_records_to_know_them(bank, monkeypatch):
     monkeypatch.setattr(Shard, "records", None)
     with who.plan_round(order) as planned:
         assert planned.ledger.is_bound(planned.shard.fingerprint, "record")
-
-
-def test_a_later_message_computes_no_ranks_of_all_institutions(tiny_config, monkeypatch):
-    def ranks(**values):
-        config = tiny_config(**{"federation.strategy": "pad", "adapter.rank": 4, **values})
-        return [Institution.locate(config, index).rank for index in range(4)]
-
-    assert ranks(**{"adapter.ranks": "1,2,3,4"}) == [1, 2, 3, 4]
-    assert ranks(**{"adapter.ranks": "4,3,2,1"}) == [4, 3, 2, 1]
-    monkeypatch.setattr(AdapterConfig, "ranks_of", None)
-    assert ranks(**{"adapter.ranks": "4,3,2,1"}) == [4, 3, 2, 1]
 
 
 def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charged_once(
@@ -245,20 +233,18 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
 
 
 @pytest.mark.parametrize(
-    ("run", "own", "delta", "rate", "size_noise"),
+    ("run", "own", "delta", "rate"),
     [
-        ("rdp", "rdp", 0.0039, 0.05, 0.0),
-        ("rdp", "rdp", 1e-5, 1.0, 0.0),
-        ("rdp", "rdp", 1e-7, 1.0, 0.0),
-        ("rdp", "rdp", 1e-3, 0.05, 3.0),
-        ("rdp", "rdp", 1e-5, 0.05, 100.0),
-        ("prv", "rdp", 1e-5, 0.05, 0.0),
-        ("rdp", "prv", 1e-5, 0.05, 0.0),
-        ("prv", "prv", 1e-3, 0.05, 0.0),
+        ("rdp", "rdp", 0.0039, 0.05),
+        ("rdp", "rdp", 1e-5, 1.0),
+        ("rdp", "rdp", 1e-7, 1.0),
+        ("prv", "rdp", 1e-5, 0.05),
+        ("rdp", "prv", 1e-5, 0.05),
+        ("prv", "prv", 1e-3, 0.05),
     ],
 )
 def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
-    run, own, delta, rate, size_noise
+    run, own, delta, rate
 ):
     values = {
         "privacy.accountant": run,
@@ -266,8 +252,6 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         "training.sample-rate": rate,
         "federation.rounds": 4,
     }
-    if size_noise:
-        values |= {"privacy.size-noise": size_noise, "federation.weighting": "noised-size"}
     plan = plan_run(from_flat(values), 64, 4)
     ledger = SimpleNamespace(delta=1e-5, accountant=own)
     spent = composition.epsilon(plan.events, 1e-5, own)
@@ -279,13 +263,6 @@ def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
         assert refusal.code == "epsilon-too-large" and spent > 8.0
     else:
         assert spent <= 8.0
-
-
-def test_a_noised_size_is_a_whole_number_from_1(bank):
-    """The last bits of a sum with noise would exclude numbers of units near the true one."""
-    who, _, order = bank(**{"federation.weighting": "noised-size", "privacy.size-noise": 3.7})
-    size = who.answer(order).size
-    assert size > 1 and size == round(size)
 
 
 SECURE = {

@@ -44,7 +44,6 @@ PLAIN = {
     "federation.server-optimizer": "adam",
     "federation.server-learning-rate": 0.01,
     "federation.server-head-learning-rate": 0.0,
-    "federation.average-last": 0.0,
     "federation.timeout": 120.0,
     "privacy.epsilon": float("inf"),
 }
@@ -227,7 +226,7 @@ def institutions(rows, tiny_encoder):
                 "state": '"state"',
                 "models": f'["{tiny_encoder}"]',
                 "labels": remote.LABELS,
-                "strategies": '["fedavg", "pad"]',
+                "strategies": '["fedavg", "svd"]',
                 "without-dp": "true",
                 "max-delta": "1e-4",
                 **({k.replace("_", "-"): v for k, v in changes.items()} if name == bank else {}),

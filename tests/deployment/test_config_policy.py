@@ -34,7 +34,7 @@ OWN = {
     "labels": LABELS,
     "ledger": "ledger.db",
     "state": "state",
-    "strategies": ["fedavg", "pad", "stack", "nowhere:median"],
+    "strategies": ["fedavg", "exact", "stack", "nowhere:median"],
     "max-steps": 2,
     "max-length": 20,
     "max-rank": 40,
@@ -146,13 +146,11 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "federation.rounds", 2, MAX_INTEGER),
         # The order and the query of the test ask for two rounds.
         (("malformed-message", "bad-configuration"), "federation.rounds", 0, 1),
-        (followed, "federation.strategy", "fedavg", "pad"),
+        (followed, "federation.strategy", "fedavg", "nowhere:median"),  # nobody here imports it
         (("strategy-not-allowed",), "federation.strategy", "ffa", "fedsa"),
-        (followed, "federation.aggregate", "", "nowhere:median"),  # nobody here imports it
-        (("strategy-not-allowed",), "federation.aggregate", "os:system", "antigravity:x"),
-        (bad, "federation.aggregate", "median", ":", "nowhere:"),
-        (followed, "federation.residual-rank", 1, MAX_INTEGER),  # fedavg has no residuals
-        (followed, "federation.weighting", "uniform", "public-size", "noised-size"),
+        (("strategy-not-allowed",), "federation.strategy", "os:system", "antigravity:x"),
+        (bad, "federation.strategy", "median", ":", "nowhere:"),
+        (followed, "federation.weighting", "uniform", "public-size"),
         (bad, "federation.weighting", "records"),
         (followed, "privacy.epsilon", 0.5, 8.0),
         (("epsilon-too-large",), "privacy.epsilon", 8.001, 1e308),
@@ -167,8 +165,6 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (followed, "privacy.accountant", "rdp", "prv"),
         (("other-unit",), "privacy.unit", "customer", ""),
         (("seeded-noise",), "privacy.noise", "seeded"),
-        (followed, "privacy.size-noise", 0.01, 1e6),  # not used by this weighting
-        (bad, "privacy.size-noise", 5e-324, 9e-3, 1.1e6),
         (followed, "home.method", "none", "interpolate"),
         (bad, "home.method", "another", ""),
         (followed, "home.steps", 1, MAX_INTEGER),
@@ -198,7 +194,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         (bad, "privacy.delta", 0.0),
         (bad, "privacy.epsilon", 1e-9),
         (bad, "federation.weighting", "uniform"),
-        (bad, "federation.strategy", "pad", "stack"),
+        (bad, "federation.strategy", "exact", "stack"),
     ):
         yield from (case(codes, key, value, **secure) for value in values)
     for key, *values in (
@@ -207,14 +203,7 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         ("privacy.colluding", 0, 10**6),
     ):
         yield from (case(followed, key, value) for value in values)
-    stack = {"federation__strategy": "stack"}
-    yield from (case(followed, "federation.residual-rank", rank, **stack) for rank in (1, 40))
-    yield from (
-        case(large, "federation.residual-rank", rank, **stack) for rank in (41, MAX_INTEGER)
-    )
-    noised = {"federation__weighting": "noised-size"}
-    yield case(followed, "privacy.size-noise", 1e6, **noised)
-    yield case(bad, "privacy.size-noise", 0.01, **noised)
+    yield case(large, "federation.strategy", "stack")  # residuals of rank 64, above max-rank
     longest = config_policy.PROMPT_CHARACTERS_PER_TOKEN * int(str(OWN["max-length"]))
     prompts = {
         "{text}" + " " * (longest - 6): followed,

@@ -20,7 +20,7 @@ from fedlora.privacy.budget import plan_run
 from fedlora.runs.run_files import SIZES, read_records
 from fedlora.wire import wire
 from fedlora.wire.released import ReleaseFiles
-from server import binding, roster, rounds, verification
+from server import aggregation, binding, roster, rounds, verification
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
@@ -157,7 +157,7 @@ def test_no_institution_is_asked_for_figures_of_its_own_adapter(
 ):
     files, asked = institutions(), []
     for file in files:
-        file.write_text(file.read_text().replace('"pad"', '"fedsa"'))
+        file.write_text(file.read_text().replace('"svd"', '"fedsa"'))
     monkeypatch.setattr(Institution, "evaluate", lambda who, order: asked.append(who.name))
     result = _run(deployed(**{"federation.strategy": "fedsa"}), files)
     assert result["released"] == dict.fromkeys(BANKS, "stored")
@@ -184,16 +184,16 @@ def test_no_institution_is_asked_for_figures_of_its_own_adapter(
             {"privacy.epsilon": float("inf"), "federation.weighting": "records"},
             "metrics-not-allowed",
         ),
-        ({"rank": "16"}, {}, "rank-too-large"),
         ({"ledger": '"none.db"'}, {}, "ledger-missing"),
         ({"source": '"none.csv"'}, {}, "bad-configuration"),
     ],
 )
 def test_what_the_settings_forbid_is_refused_before_anything_is_trained_or_spent(
-    deployed, institutions, own, values, code
+    deployed, institutions, monkeypatch, own, values, code
 ):
     files = institutions("Beta", **own)
-    config = deployed(**values, **{"federation.min-updates": 4})
+    monkeypatch.setattr(aggregation.Mean, "least_asked", 4)
+    config = deployed(**values)
     with pytest.raises(RunFailed) as caught:
         _run(config, files)
     assert code in str(caught.value)
@@ -330,16 +330,6 @@ def test_a_deployment_must_say_what_nobody_can_count(tiny_config):
     for values in ({"data.labels": LABELS}, {"data.institutions": 4}):
         with pytest.raises(InputError, match=r"list the classes in data\.labels"):
             tiny_config(**{"data.source": INSTITUTIONS, **values})
-
-
-@pytest.mark.parametrize(("strategy", "refused"), [("pad", False), ("fedavg", True)])
-def test_a_smaller_rank_of_ones_own_is_taken_where_the_strategy_has_a_place_for_it(
-    deployed, institutions, strategy, refused
-):
-    config = deployed(**{"federation.strategy": strategy, "federation.rounds": 1})
-    _run(config, institutions("Beta", rank="3"))
-    (record,) = read_records(Path(config.run_dir))
-    assert ("Beta" not in record["institutions"]) == refused
 
 
 def test_where_sizes_weigh_an_institution_of_unknown_size_is_asked_nothing(

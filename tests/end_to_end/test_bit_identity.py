@@ -84,7 +84,6 @@ def test_a_seeded_run_gives_the_recorded_adapter(
         "privacy.epsilon": epsilon,
         "privacy.noise": "seeded",
         "federation.rounds": 2,
-        "federation.evaluate-every": 0,
         "engine.workers": 2 if engine == "ray" else 1,
     }
     if task == "classification":

@@ -69,7 +69,6 @@ def config(tmp_path, sentences):
                 "training.learning-rate": 0.2,
                 "training.max-length": 96,
                 "federation.rounds": 2,
-                "federation.evaluate-every": 0,
                 "privacy.epsilon": 1000.0,
                 "privacy.delta": 1e-4,
                 "privacy.noise": "seeded",

@@ -10,7 +10,7 @@ from client.institution import Institution
 from fedlora.models.adapters import AdapterState
 
 ATTACKERS = (1, 4, 7)
-RULES = ("norm-bound", "median", "trimmed-mean", "krum", "multi-krum")
+RULES = ("median", "multi-krum:0.3")
 TOPICS = {
     "loan": ["mortgage", "interest", "lender", "repay", "collateral"],
     "card": ["plastic", "swipe", "chargeback", "limit", "cashback"],
@@ -41,7 +41,7 @@ def accuracy(tiny_config, simulate_run, tmp_path):
     """Accuracy after 80 rounds without DP on 2,000 complaints dealt out evenly.
 
     Small server steps and the mean of the last adapters: under attack Adam's steps of a fixed size
-    leave the median, trimmed mean and norm bound up to seven points short.
+    leave the median up to seven points short.
     """
     draw, path = random.Random(7), tmp_path / "complaints.csv"
     with path.open("w", newline="") as file:
@@ -65,10 +65,7 @@ def accuracy(tiny_config, simulate_run, tmp_path):
             "training.physical-batch": 128,
             "federation.rounds": 80,
             "federation.server-learning-rate": 0.008,
-            "federation.average-last": 0.5,
-            "federation.evaluate-every": 0,
             "federation.robust": rule,
-            "federation.byzantine": 3,
         }
         return simulate_run(tiny_config(**config))["accuracy"]
 

@@ -236,17 +236,15 @@ def test_an_institution_that_takes_no_part_is_named_with_its_code_and_reason(
     assert "Beta.db" in (Path(config.run_dir) / "institutions.log").read_text()
 
 
-@pytest.mark.parametrize("weighting", ["public-size", "noised-size"])
-def test_sizes_are_rounded_or_noised_and_paid(tiny_config, simulate_run, weighting):
-    config = tiny_config(**{"federation.weighting": weighting, "federation.rounds": 2})
+def test_size_classes_cost_nothing(tiny_config, simulate_run):
+    config = tiny_config(**{"federation.weighting": "public-size", "federation.rounds": 2})
     simulate_run(config)
     statement = json.loads((Path(config.run_dir) / "privacy.json").read_text())
     for name, said in statement["institutions"].items():
         with Ledger.open(Path(config.run_dir) / "ledgers" / f"{name}.db") as ledger:
             entries = ledger.show()["entries"]
         assert said["epsilon"] <= 8.0
-        assert said["size_noise"] == (10.0 if weighting == "noised-size" else 0.0)
-        assert [len(e["extra"]) for e in entries] == [weighting == "noised-size", 0]
+        assert len(entries) == 2
 
 
 def test_units_of_a_column_are_protected_together(tiny_config, simulate_run):

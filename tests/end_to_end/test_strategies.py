@@ -85,15 +85,10 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
             "adapter.method": method,
             "model.quantization": quantization,
             "adapter.rank": 3,
-            "federation.residual-rank": 20,  # four times three fit, what follows is cut
             "privacy.epsilon": 100.0,
         },
     )
     result = simulate_run(config)
-    rounds = read_records(_run_dir(config))
-    assert [r["aggregation"]["residual_rank"] for r in rounds][-1] == 20
-    assert rounds[0]["aggregation_error"] == pytest.approx(0, abs=1e-5)
-    assert rounds[-1]["aggregation_error"] > 1e-3  # what the bound cut
     state = RunDirectory(_run_dir(config)).latest()
     work = trainable.load(config, records.load(config).labels)
     state.adapter.load_into(work.model)
@@ -117,29 +112,6 @@ def test_what_is_carried_by_the_base_is_saved_as_one_plain_adapter(
         torch.testing.assert_close(_logits(merged, config), ours, rtol=1e-4, atol=1e-4)
         labels = json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]
         assert list(labels.values()) == ["card", "fraud", "loan"]
-
-
-@pytest.mark.parametrize("strategy", ["stack", "pad", "svd"])
-def test_institutions_of_their_own_ranks_train_together_in_both_engines(
-    tiny_config, simulate_run, simulate_on_ray, tmp_path, strategy
-):
-    made = []
-    for engine, simulate in (("inline", simulate_run), ("ray", simulate_on_ray)):
-        config = tiny_config(
-            **PLAIN,
-            **{
-                "run-dir": str(tmp_path / engine),
-                "federation.strategy": strategy,
-                "adapter.rank": 6,
-                "adapter.ranks": "2,6,2,3",
-                "engine.workers": 2,
-            },
-        )
-        simulate(config)
-        made.append(AdapterState.open(_run_dir(config) / "adapter"))
-    assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
-    sent = {n: i["sent"] for n, i in read_records(tmp_path / "ray")[0]["institutions"].items()}
-    assert sent["Alpha"] == sent["Delta"] < sent["Gamma"] < sent["Beta"]  # 2, 6, 2, 3 by name
 
 
 @pytest.mark.parametrize("epsilon", [8.0, float("inf")])
@@ -267,14 +239,15 @@ def test_an_order_cannot_make_an_institution_send_what_it_keeps(tiny_config):
 
 
 def test_a_residual_larger_than_agreed_is_refused(tiny_config):
-    config = tiny_config(**PLAIN, **{"federation.strategy": "stack", "federation.residual-rank": 2})
+    config = tiny_config(**PLAIN, **{"federation.strategy": "stack"})
     work = trainable.load(config, records.load(config).labels)
     path = next(name for name in work.start if kind(name) == "A").removesuffix(".lora_A.weight")
     names = residual_names(path)
     order = train_order(
-        work, adapter=work.start.updated({names[0]: torch.ones(3, 32), names[1]: torch.ones(32, 3)})
+        work,
+        adapter=work.start.updated({names[0]: torch.ones(65, 32), names[1]: torch.ones(32, 65)}),
     )
-    with pytest.raises(Refusal, match="rank 3, above 2"):
+    with pytest.raises(Refusal, match="rank 65, above 64"):
         Institution.locate(config, 0).accept(order)
 
 
@@ -358,15 +331,13 @@ def test_a_damaged_kept_part_is_not_replaced_by_another(tiny_config, simulate_ru
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"adapter.ranks": "2,4"}, "adapter.ranks is '2,4', but federation.strategy 'fedavg'"),
-        ({"adapter.ranks": "2,40", "federation.strategy": "pad"}, "'40'; it must be size, or"),
         ({"federation.strategy": "exact"}, "takes no server optimizer"),
         (
-            {"federation.strategy": "stack", "federation.average-last": 0.5, **PLAIN},
+            {"federation.strategy": "stack", **PLAIN},
             "have no mean; use 0",
         ),
         (
-            {"federation.strategy": "fedsa", "federation.robust": "krum"},
+            {"federation.strategy": "fedsa", "federation.robust": "multi-krum"},
             "institutions keep their B",
         ),
         (
@@ -381,38 +352,19 @@ def test_what_makes_no_sense_is_refused_with_the_reason(tiny_config, values, mes
     assert message in str(caught.value)
 
 
-def test_a_list_of_ranks_that_fits_nobody_is_refused_before_anything_is_written(
-    tiny_config, simulate_run
-):
-    config = tiny_config(**{"federation.strategy": "pad", "adapter.ranks": "2,4"})
-    with pytest.raises(InputError, match="lists 2 ranks for 4 institutions"):
-        simulate_run(config)
-    assert not _run_dir(config).exists()
-
-
-def test_ranks_by_size_halve_with_the_size_class(tiny_config):
-    adapter = tiny_config(**{"federation.strategy": "pad", "adapter.ranks": "size"}).adapter
-    assert adapter.ranks_of([1024, 512, 64, 256]) == [8, 4, 1, 2]
-
-
-@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
-@pytest.mark.parametrize("strategy", ["stack", "exact", "pad"])
-def test_rules_on_products_go_with_every_strategy_that_has_them(
-    tiny_config, simulate_run, strategy, rule
-):
+@pytest.mark.parametrize("strategy", ["stack", "exact", "svd"])
+def test_multi_krum_goes_with_every_strategy_of_products(tiny_config, simulate_run, strategy):
     config = tiny_config(
         **LEARNING
         | {
             "federation.strategy": strategy,
-            "federation.robust": rule,
-            "federation.byzantine": 0,
+            "federation.robust": "multi-krum",
             "federation.rounds": 2,
         }
     )
     simulate_run(config)
     record = read_records(_run_dir(config))[-1]
-    assert record["updates"] == 4 and record["aggregation_error"] is not None
-    assert len(record["aggregation"]["rejected"]) == (3 if rule == "krum" else 0)
+    assert record["updates"] == 4 and not record["aggregation"]["rejected"]
 
 
 def test_the_released_file_says_the_rank_that_it_has(tiny_config, simulate_run):

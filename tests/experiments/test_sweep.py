@@ -140,7 +140,6 @@ def test_arms_that_train_nothing_at_home_are_what_each_budget_at_home_is_compare
     [
         "",
         "home.epsilon = 8.0",
-        'federation.weighting = "noised-size"',
         'privacy.trust = "secure-aggregation"\nprivacy.honest = 3\n'
         'federation.weighting = "public-size"',
     ],
@@ -209,8 +208,8 @@ def test_defaults_follow_from_the_keys_of_all(tmp_path):
 def test_training_alone_has_nothing_of_the_federation(sweep_file):
     text = (
         'arms = ["local", "central", "federated"]\n[grid.way]\nplain = {}\n'
-        'own = { federation.aggregate = "own_rule:mean" }\n'
-        "cut = { federation.max-update-norm = 3.0 }\n"
+        'own = { federation.strategy = "own_rule:mean" }\n'
+        'cut = { federation.robust = "median" }\n'
     )
     ways: dict[str, set[str]] = {}
     for case in sweep.read(sweep_file(text)):
@@ -225,7 +224,7 @@ def test_training_alone_has_nothing_of_the_federation(sweep_file):
 def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = 'arms = ["federated"]\n[grid]\nfederation.aggregate = ["own_rule:mean"]\n'
+    text = 'arms = ["federated"]\n[grid]\nfederation.strategy = ["own_rule:mean"]\n'
     path, names = sweep_file(text), []
     for version in (1, 2):
         code = f"def mean(this_round, updates):\n    return {version}\n"

@@ -125,13 +125,13 @@ def test_held_out_rows_of_a_table_need_no_unit_and_a_file_is_no_glob(small, comp
 
 def test_an_aggregation_a_metric_and_a_partition_of_ones_own_take_part(small, complaints):
     halves = lambda texts, labels, seed: [str(len(text) % 2) for text in texts]  # noqa: E731
-    result = run(data=str(complaints), aggregate=median, metrics=[sure], partition=halves, **small)
+    result = run(data=str(complaints), strategy=median, metrics=[sure], partition=halves, **small)
     assert sorted(result.figures["institutions"]) == ["0", "1"]
     assert 1 / 3 < result.figures["sure"] == result.rounds[-1]["metrics"]["sure"] < 1
     named = {one["key"]: one for one in result.privacy["plug_ins"]}
-    assert set(named) == {"federation.aggregate", "federation.metrics", "data.partition"}
-    assert named["federation.aggregate"]["object"].endswith("test_run:median")
-    assert len(named["federation.aggregate"]["sha256"]) == 64
+    assert set(named) == {"federation.strategy", "federation.metrics", "data.partition"}
+    assert named["federation.strategy"]["object"].endswith("test_run:median")
+    assert len(named["federation.strategy"]["sha256"]) == 64
     assert "test_run:median" in (result.directory / "config.toml").read_text()
 
 
@@ -147,7 +147,7 @@ def failing(predictions):
 @pytest.mark.parametrize(
     ("plug_in", "words"),
     [
-        ({"aggregate": wrong_shape}, r"federation.aggregate .*wrong_shape .*does not fit.*kept"),
+        ({"strategy": wrong_shape}, r"federation.strategy .*wrong_shape .*does not fit.*kept"),
         ({"metrics": [failing]}, r"federation.metrics .*failing failed with ZeroDivisionError"),
     ],
 )
@@ -192,8 +192,8 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"config": "nothing"}, "no ready one has this name"),
         ({"engine": "gpu"}, "engine is 'gpu'"),
         ({"on_round": "plot"}, "tracking.callbacks is 'plot'; it must be module:object"),
-        ({"aggregate": 3}, "federation.aggregate is 3; give a function"),
-        ({"aggregate": Strategy(aggregate=median)}, "is a Strategy without a name; assign it"),
+        ({"strategy": 3}, "federation.strategy is 3; give a function"),
+        ({"strategy": Strategy(aggregate=median)}, "is a Strategy without a name; assign it"),
         ({"metrics": 3}, "federation.metrics is 3; give a function, or its name as module:object"),
         ({"metrics": None}, "federation.metrics is None; give a function"),
         ({"metrics": {"sure": sure}}, "federation.metrics is a dict; give a function"),
@@ -291,7 +291,7 @@ def missed_fraud(predictions):
 
 frame = pandas.read_csv("complaints.csv")
 result = run(model="encoder", data=frame, partition="natural:bank", max_length=16, rounds=2,
-             aggregate=median, metrics=[missed_fraud], epsilon=8.0, home_method="none")
+             strategy=median, metrics=[missed_fraud], epsilon=8.0, home_method="none")
 print(result.figures["missed_fraud"], result.privacy["plug_ins"][0]["object"])
 """
 

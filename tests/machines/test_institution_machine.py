@@ -42,7 +42,6 @@ ALLOWED = [
     {},
     {"privacy.epsilon": 1.0},
     {"training.local-steps": 2},
-    {"federation.weighting": "noised-size"},
     {"training.sample-rate": 0.25, "privacy.max-grad-norm": 0.5},
 ]
 """What an honest server may choose for a run."""

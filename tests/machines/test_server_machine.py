@@ -43,7 +43,6 @@ PRIVACY = [
     {"noise_multiplier": 1e-200},
     {"accountant": "none"},
     {"sample_rate": 0.0},
-    {"size_noise": -1.0},
     {"delta": 0.0},
     {"delta": 0.999},
     {"epsilon": math.nan},

@@ -59,7 +59,6 @@ BAD = [
     *(("noise_multiplier", value) for value in (*NOT_FINITE, -1.0, 0.0, 1e-200, 0.1, 1e300)),
     *(("sample_rate", value) for value in (*NOT_FINITE, -0.25, 0.0, 0.26, 1.0, 2.0)),
     *(("steps", value) for value in (-1, 0, 1, 5, 7, 8, 10**12)),
-    *(("size_noise", value) for value in (*NOT_FINITE, -1.0, 1e-9, 10.0)),
     *(("max_grad_norm", value) for value in (*NOT_FINITE, -1.0, 0.0, 2.0)),
     *(("ledger_epsilon", value) for value in (*NOT_FINITE, -1.0)),
     *(("ledger_epsilon_alone", value) for value in (math.nan, -math.inf, -1.0, 6.9)),
@@ -268,7 +267,7 @@ def test_a_run_with_another_bad_record_each_round_ends_and_so_does_its_resume(
         return honest(dataclasses.replace(update, privacy=privacy))
 
     monkeypatch.setattr(wire, "pack_update", pack_update)
-    made = tiny_config(**{"federation.rounds": len(bad), "federation.evaluate-every": 0})
+    made = tiny_config(**{"federation.rounds": len(bad)})
     result = simulate_run(made)
     run = Path(made.run_dir)
     rejected = [record["aggregation"]["rejected"] for record in read_records(run)]
@@ -311,7 +310,7 @@ def test_a_checkpoint_with_a_bad_record_is_resumed_as_if_none_had_come(
 def test_an_honest_runs_statement_has_its_figures_and_quotes_the_institution(
     tiny_config, simulate_run
 ):
-    made = tiny_config(**{"federation.weighting": "noised-size"})
+    made = tiny_config()
     simulate_run(made)
     for said in _stated(made.run_dir)["institutions"].values():
         quoted = said["institution_says"]

@@ -43,7 +43,6 @@ class Nodes(InlineGrid):
                 institution=name,
                 version=self.version,
                 fits=True,
-                rank=8,
                 size=size,
                 code=self.codes.get(name, ""),
             )

@@ -42,7 +42,7 @@ def test_a_tracker_that_fails_midway_is_left_alone(tiny_config, caplog):
 
     tracked = tracking.Tracking(tiny_config(), "run")
     tracked._board, tracked._client = Board(), (client := Client())
-    record = {"round": 1, "seconds": 1.0, "updates": 4, "aggregation_error": None}
+    record = {"round": 1, "seconds": 1.0, "updates": 4}
     record |= {"epsilon_max": "inf", "institutions": {}, "metrics": {"accuracy": 0.5}}
     with caplog.at_level(logging.WARNING, "fedlora.server"):
         tracked.round(record)

@@ -304,7 +304,7 @@ def test_a_second_mechanism_that_is_missing_or_lacks_its_odds_is_found(level_dir
 def test_each_figure_of_the_odds_is_of_the_institution_where_it_is_largest():
     """All have one epsilon; the small one has a larger delta, the large one less noise."""
     config = from_flat({"privacy.noise": "secure"})
-    alike = {"steps": 30, "sample_rate": 0.25, "size_noise": 0.0}
+    alike = {"steps": 30, "sample_rate": 0.25}
     small = {"epsilon": 7.9955, "delta": 1e-3, "noise_multiplier": 1.0, **alike}
     large = {"epsilon": 7.9957, "delta": 1e-5, "noise_multiplier": 1.13, **alike}
     fewer = small | {"steps": 3, "epsilon": 2.0}
@@ -327,7 +327,6 @@ def test_odds_are_of_the_largest_epsilon_or_left_out():
         "noise_multiplier": 2.0,
         "sample_rate": 0.1,
         "steps": 10,
-        "size_noise": 0.0,
     }
     institutions = {"A": spent, "B": spent | {"epsilon": 2.0}}
     said = privacy_statement.odds_of(config, institutions, {})

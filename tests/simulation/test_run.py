@@ -82,7 +82,7 @@ def test_workers_are_forks_that_have_base_model_and_records_already(threads, tin
 
     The server has that process's one model too.
     """
-    values = {"engine.workers": 2, "federation.rounds": 1, "federation.evaluate-every": 0}
+    values = {"engine.workers": 2, "federation.rounds": 1}
     config = tiny_config(**values, **{"privacy.epsilon": float("inf")})
     (tmp_path / "x.toml").write_text(config.to_toml())
     arguments = [sys.executable, "-c", FORKED, tmp_path / "x.toml", tmp_path / "out"]

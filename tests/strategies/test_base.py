@@ -37,7 +37,6 @@ def _validate(update, **values):
 def test_a_right_update_passes():
     _validate(_update())
     _validate(_update(value=1000.0))
-    _validate(_update(value=16.0, size=1e6), weighting="records")
 
 
 @pytest.mark.parametrize(
@@ -60,13 +59,6 @@ def test_a_wrong_update_is_refused_with_its_reason(update, code):
     assert caught.value.code == code
 
 
-def test_where_sizes_weigh_one_without_a_size_is_refused_and_one_that_is_too_heavy():
-    with pytest.raises(Refusal, match="invalid-size"):
-        _validate(_update(size=0.0), weighting="public-size")
-    with pytest.raises(Refusal, match="too-large"):
-        _validate(_update(value=17.0, size=1e6), weighting="records")
-
-
 def test_a_small_size_makes_no_value_small():
     with pytest.raises(Refusal, match="too-large: a value is 1025"):
         _validate(_update(value=1025.0, size=1.0), weighting="records")
@@ -82,13 +74,11 @@ def test_a_size_class_that_is_no_power_of_two_is_refused():
     ("weighting", "size"),
     [
         ("uniform", 1.0),
+        ("public-size", 0.0),
         ("public-size", 0.5),
         ("public-size", math.inf),
         ("records", 7.5),
         ("records", math.inf),
-        ("noised-size", 0.5),
-        ("noised-size", math.nan),
-        ("noised-size", math.inf),
     ],
 )
 def test_a_size_that_nobody_has_under_the_weighting_is_refused(weighting, size):
@@ -105,19 +95,6 @@ def test_a_size_counts_as_far_as_it_is_believed():
     assert round.weight(_update(name="other", size=2.0**23)) == 2.0**23
 
 
-def test_a_change_that_is_longer_than_the_bound_is_refused():
-    _validate(_update(value=2.0), max_update_norm=5.0)  # sqrt(6) x 2
-    with pytest.raises(Refusal, match="too-long"):
-        _validate(_update(value=2.1), max_update_norm=5.0)
-
-
-def test_one_so_heavy_that_the_global_adapter_in_its_place_would_not_fit_is_refused():
-    large = AdapterState({A: torch.zeros(2, 3), B: torch.full((3, 2), -17.0)})
-    _validate(_update(value=0.0, size=9e5), weighting="records", before=large)
-    with pytest.raises(Refusal, match="too-large"):
-        _validate(_update(value=0.0, size=1e6), weighting="records", before=large)
-
-
 def test_other_keys_and_dtypes_are_refused():
     extra = AdapterState({A: torch.zeros(2, 3), B: torch.zeros(3, 2)})  # B was not asked for
     double = AdapterState({A: torch.zeros(2, 3, dtype=torch.float64)})
@@ -128,7 +105,7 @@ def test_other_keys_and_dtypes_are_refused():
 
 def test_the_weight_is_one_or_the_size():
     plain = Round(number=1, asked=2, before=BEFORE)
-    sized = Round(number=1, asked=2, before=BEFORE, weighting="noised-size")
+    sized = Round(number=1, asked=2, before=BEFORE, weighting="records")
     assert plain.weight(_update(size=7.5)) == 1.0 and sized.weight(_update(size=7.5)) == 7.5
 
 

@@ -9,7 +9,6 @@ from fedlora.models.adapters import AdapterState
 from fedlora.wire.wire import ClientUpdate
 from strategies import fedavg, fedsvd, ffa, robust
 from strategies.base import Round
-from strategies.diagnostics import Watch
 from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, normal, product, random_adapter
 
 PARTS = STRATEGY_TABLE["fedsvd"].parts_sent(1)
@@ -74,7 +73,7 @@ def test_the_product_is_the_mean_one_and_the_rows_of_a_are_orthonormal(seed, ran
     assert all(torch.equal(new[name], plain[name]) for name in (MAGNITUDE, HEAD))
     assert new.validate_against(before) is None
     again = fedsvd.aggregate(round, reversed(updates))
-    assert all(torch.equal(again[name], new[name]) for name in new)
+    torch.testing.assert_close(product(again), product(new), rtol=0, atol=1e-5 * max(size, 1.0))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6))
@@ -122,22 +121,7 @@ def test_a_direction_that_nobody_uses_keeps_an_a_and_its_b_is_zero():
     torch.testing.assert_close(new[A] @ rows @ rows.T, new[A], **EYE)
 
 
-def test_of_nothing_comes_nothing():
-    assert len(fedsvd.aggregate(_round(random_adapter(np.random.default_rng(0), 2)), [])) == 0
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_averaging_is_exact_by_the_figures_of_a_round(rslora):
-    draw = np.random.default_rng(2)
-    before = random_adapter(draw, 4)
-    round = _round(before, asked=3, alpha=16.0, rslora=rslora)
-    watch = Watch(round)
-    updates = _updates([random_adapter(draw, 4) for _ in range(3)], [1.0, 2.0, 3.0])
-    new = fedsvd.aggregate(round, watch.through(updates))
-    assert watch.figures(new)["error"] < 1e-6
-
-
-@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
+@pytest.mark.parametrize("rule", ["multi-krum"])
 def test_a_rule_that_weighs_updates_gives_the_product_that_it_gives_with_a_fixed_a(rule):
     draw = np.random.default_rng(4)
     before = random_adapter(draw, 4)
@@ -145,12 +129,12 @@ def test_a_rule_that_weighs_updates_gives_the_product_that_it_gives_with_a_fixed
     states.append(before.updated({B: -50 * before[B]}))
     results = [
         robust.aggregate(
-            _round(before), _updates(states), rule=rule, byzantine=2, mean=strategy.aggregate
+            _round(before), _updates(states), rule=rule, share=0.3, mean=strategy.aggregate
         )
         for strategy in (fedsvd, ffa)
     ]
     (new, out), (plain, out_too) = results
-    assert out == out_too and ("bank-06" in out or rule == "norm-bound")
+    assert out == out_too and "bank-06" in out
     expected = product(before.updated(plain))
     torch.testing.assert_close(product(new), expected, rtol=0, atol=1e-6 * float(expected.norm()))
     torch.testing.assert_close(new[A] @ new[A].T, torch.eye(4), **EYE)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.server.strategy.aggregate import aggregate_median, aggregate_trimmed_avg
+from flwr.server.strategy.aggregate import aggregate_median
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.errors import Refusal
 from fedlora.models.adapters import AdapterState
-from strategies import STRATEGIES, fedavg, ffa, products, robust, svd
+from strategies import STRATEGIES, fedavg, ffa, products, robust
 from strategies.base import Round
 from tests.samples import updates_of
 from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, random_adapter
@@ -43,11 +43,11 @@ def _changes(round, states):
     return of_products, np.stack([_factors(s) - _factors(round.before) for s in states])
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 5), min_size=1, max_size=6), st.booleans())
+@given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 @settings(deadline=None)
-def test_inner_products_from_factors_are_those_of_the_dense_products(seed, ranks, rslora):
+def test_inner_products_from_factors_are_those_of_the_dense_products(seed, count, rslora):
     draw = np.random.default_rng(seed)
-    states = [_state(draw, rank) for rank in ranks]
+    states = [_state(draw) for _ in range(count)]
     round = _round(states[0], rslora=rslora)
     dense = np.stack([_dense(round, state) for state in states])
 
@@ -58,23 +58,23 @@ def test_inner_products_from_factors_are_those_of_the_dense_products(seed, ranks
     np.testing.assert_allclose(inner, dense @ dense.T, rtol=0, atol=1e-12 * np.abs(inner).max())
     change = dense[:-1] - dense[-1]
     np.testing.assert_allclose(
-        products.changes(inner, [0] * (len(ranks) - 1)),
+        products.changes(inner),
         change @ change.T,
         rtol=0,
         atol=1e-12 * np.abs(inner).max(),
     )
 
 
-@given(st.integers(0, 10**6), st.integers(1, 3), st.booleans())
+@given(st.integers(0, 10**6), st.integers(1, 3))
 @settings(deadline=None)
-def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors(seed, bad, multi):
+def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors(seed, bad):
     draw = np.random.default_rng(seed)
     count = 2 * bad + 3 + int(draw.integers(0, 4))
     before = _state(draw)
     states = [_state(draw, near=before, by=0.1) for _ in range(count - bad)]
     states += [_state(draw, near=before, by=5.0) for _ in range(bad)]
     states = [states[i] for i in draw.permutation(count)]
-    round, keep = _round(before), count - bad if multi else 1
+    round, keep = _round(before), count - bad
     both = [change / np.sqrt(np.median((change**2).sum(1))) for change in _changes(round, states)]
     contents = [
         RecordDict({"x": ArrayRecord({"p": Array(row)})}) for row in np.concatenate(both, axis=1)
@@ -84,8 +84,8 @@ def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors
     _, out = robust.aggregate(
         round,
         reversed(updates_of(states)),
-        rule="multi-krum" if multi else "krum",
-        byzantine=bad,
+        rule="multi-krum",
+        share=bad / count,
         mean=fedavg.aggregate,
     )
     assert {f"bank-{i:02}" for i in range(count)} - set(out) == {f"bank-{i:02}" for i in expected}
@@ -93,59 +93,19 @@ def test_krum_chooses_what_flowers_krum_chooses_among_dense_products_and_factors
 
 @given(st.integers(0, 10**6), st.integers(3, 9))
 @settings(deadline=None)
-def test_coordinate_rules_are_flowers_own(seed, count):
+def test_the_median_is_flowers_own(seed, count):
     draw = np.random.default_rng(seed)
     states = [_state(draw) for _ in range(count)]
     results = [([t.numpy() for t in state.values()], 1) for state in states]
-    bad = (count - 1) // 2
-    for rule, theirs in (
-        ("median", aggregate_median(results)),
-        ("trimmed-mean", aggregate_trimmed_avg(results, (bad + 0.25) / count)),
-    ):
-        mine, _ = robust.aggregate(
-            _round(states[0]),
-            updates_of(states),
-            rule=rule,
-            byzantine=bad,
-            mean=fedavg.aggregate,
-        )
-        for got, expected in zip(mine.values(), theirs, strict=True):
-            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+    mine, _ = robust.aggregate(
+        _round(states[0]), updates_of(states), rule="median", share=0.2, mean=fedavg.aggregate
+    )
+    for got, expected in zip(mine.values(), aggregate_median(results), strict=True):
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["uniform", "records"]))
-@settings(deadline=None)
-def test_norm_bound_is_the_mean_of_changes_scaled_to_the_medians(seed, weighting):
-    draw = np.random.default_rng(seed)
-    before = _state(draw, 4)  # of rank 4: any sum of rank-1 changes of B alone fits it
-    states = [
-        before.updated({B: before[B] + float(draw.uniform(0.1, 50)) * _state(draw, 4)[B]})
-        for _ in range(5)
-    ]
-    weights = [1.0] * 5 if weighting == "uniform" else list(draw.uniform(1, 100, 5))
-    round = _round(before, weighting=weighting)
-    for strategy in (svd, fedavg):  # with one A for all both are exact
-        mine, _ = robust.aggregate(
-            round,
-            updates_of(states, weights),
-            rule="norm-bound",
-            byzantine=0.2,
-            mean=strategy.aggregate,
-        )
-        changes = _changes(round, states)
-        lengths = [np.linalg.norm(change, axis=1) for change in changes]
-        share = np.min([np.minimum(1, np.median(each) / each) for each in lengths], axis=0)
-        expected = _dense(round, before) + np.average(
-            changes[0] * share[:, None], axis=0, weights=np.minimum(weights, np.median(weights))
-        )
-        np.testing.assert_allclose(
-            _dense(round, mine), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
-        )
-
-
-@pytest.mark.parametrize("rule", ["krum", "multi-krum", "norm-bound"])
 @pytest.mark.parametrize("strategy", ["fedavg", "svd", "exact"])
-def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(rule, strategy):
+def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(strategy):
     draw = np.random.default_rng(2)
     before = _state(draw)
     honest = [_state(draw, near=before, by=0.1) for _ in range(5)]
@@ -154,8 +114,8 @@ def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(rule, st
     mine, _ = robust.aggregate(
         round,
         updates_of([*honest, bad]),
-        rule=rule,
-        byzantine=1,
+        rule="multi-krum",
+        share=0.2,
         mean=STRATEGIES[strategy].aggregate,
     )
     longest = max(float((s[A] - before[A]).norm()) for s in honest)
@@ -170,26 +130,14 @@ def test_nobody_counts_more_than_the_median_however_large_it_says_it_is():
 
     def result(largest):
         updates = updates_of(states, [1000.0] * 4 + [largest])
-        rule = {"rule": "norm-bound", "byzantine": 1}
+        rule = {"rule": "multi-krum", "share": 0.1}
         return robust.aggregate(round, updates, **rule, mean=fedavg.aggregate)[0]
 
     assert torch.equal(result(1e7)[A], result(1000.0)[A])
     assert not torch.equal(result(1.0)[A], result(1000.0)[A])
 
 
-def test_norm_bound_keeps_a_cohort_that_did_not_move_where_it_is():
-    before = _state(np.random.default_rng(0))
-    mine, _ = robust.aggregate(
-        _round(before),
-        updates_of([before] * 4),
-        rule="norm-bound",
-        byzantine=0.2,
-        mean=fedavg.aggregate,
-    )
-    assert all(torch.equal(mine[name], before[name]) for name in before)
-
-
-@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum", "norm-bound"])
+@pytest.mark.parametrize("rule", ["median", "multi-krum"])
 def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(rule):
     draw = np.random.default_rng(4)
     before = _state(draw)
@@ -198,25 +146,24 @@ def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(
     round = _round(before, parts=parts)
     pairs = updates_of(states)
     both = [
-        robust.aggregate(round, order, rule=rule, byzantine=2, mean=ffa.aggregate)
+        robust.aggregate(round, order, rule=rule, share=0.2, mean=ffa.aggregate)
         for order in (pairs, pairs[::-1])
     ]
     assert both[0][1] == both[1][1]
     assert A not in both[0][0]
-    assert all(torch.equal(both[0][0][name], both[1][0][name]) for name in states[0])
+    assert all(torch.allclose(both[0][0][name], both[1][0][name]) for name in states[0])
 
 
 def test_how_many_bad_ones_are_assumed():
     assert robust.tolerated(0.3, 10) == 3 and robust.tolerated(0.29, 10) == 2
-    assert robust.tolerated(2, 10) == 2 and robust.tolerated(0, 10) == 0
-    assert robust.enough("median", 2, 5) and not robust.enough("median", 2, 4)
-    assert robust.enough("krum", 3, 9) and not robust.enough("multi-krum", 3, 8)
+    assert robust.enough("median", 0.2, 1)
+    assert robust.enough("multi-krum", 0.3, 10) and not robust.enough("multi-krum", 0.4, 10)
+    before = _state(np.random.default_rng(0))
     with pytest.raises(Refusal, match="too-few-updates"):
-        before = _state(np.random.default_rng(0))
         robust.aggregate(
             _round(before),
             updates_of([before] * 4),
-            rule="krum",
-            byzantine=1,
+            rule="multi-krum",
+            share=0.3,
             mean=fedavg.aggregate,
         )

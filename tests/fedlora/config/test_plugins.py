@@ -120,7 +120,7 @@ def test_what_no_module_holds_is_dropped_with_the_run():
         ("federation.metrics", "no_such_module:x", "no_such_module cannot be imported"),
         ("federation.metrics", "own_code:Deep.metrik", "did you mean metric?"),
         ("federation.metrics", "own_code:number", "is a int and cannot be called"),
-        ("federation.aggregate", "own_code:table", "2 arguments (this_round, updates)"),
+        ("federation.strategy", "own_code:table", "2 arguments (this_round, updates)"),
         ("data.source", "own_code:by_length", "0 arguments (nothing)"),
     ],
 )
@@ -153,8 +153,8 @@ def test_an_object_is_found_in_this_process_under_its_own_name():
         ("federation.metrics", "share_of_x"),
         ("federation.metrics", "share_of_y"),
         ("federation.metrics", "above_two"),
-        ("federation.aggregate", "half"),
-        ("federation.aggregate", "whole"),
+        ("federation.strategy", "half"),
+        ("federation.strategy", "whole"),
     ],
 )
 def test_an_object_has_the_name_that_its_module_gives_it_and_another_process_loads_it(
@@ -175,9 +175,9 @@ def test_an_object_has_the_name_that_its_module_gives_it_and_another_process_loa
 
 def test_an_object_that_no_module_names_is_refused(own):
     above = type(plugins.load("federation.metrics", "own_code:above_two"))
-    keep_all = plugins.load("federation.aggregate", "own_code:keep_all")
+    keep_all = plugins.load("federation.strategy", "own_code:keep_all")
     for key, thing, kind in (
-        ("federation.aggregate", Strategy(aggregate=keep_all), "Strategy"),
+        ("federation.strategy", Strategy(aggregate=keep_all), "Strategy"),
         ("federation.metrics", functools.partial(above, 3), "partial"),
         ("federation.metrics", above(3), "Above"),
     ):
@@ -198,7 +198,7 @@ def test_an_object_of_a_script_or_notebook_has_its_name_there(own, monkeypatch):
 
 
 def test_a_strategy_of_a_function_from_elsewhere_is_described_by_both_files(own):
-    described = plugins.describe([("federation.aggregate", "own_code:mean")])
+    described = plugins.describe([("federation.strategy", "own_code:mean")])
     assert [one["file"] for one in described] == ["fedavg.py", "own_code.py"]
     assert described[1]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
@@ -206,12 +206,12 @@ def test_a_strategy_of_a_function_from_elsewhere_is_described_by_both_files(own)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"federation.aggregate": "median"}, "must be module:object"),
+        ({"federation.strategy": "median"}, "must be module:object"),
         ({"data.source": "python:median"}, "must be module:object"),
-        ({"federation.aggregate": "a:b", "federation.robust": "krum"}, "federation.robust"),
+        ({"federation.strategy": "a:b", "federation.robust": "krum"}, "federation.robust"),
         (
             {
-                "federation.aggregate": "a:b",
+                "federation.strategy": "a:b",
                 "federation.weighting": "uniform",
                 "privacy.institution-epsilon": 1.0,
             },

@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from opacus.accountants import RDPAccountant as OpacusRDPAccountant
 from scipy import stats
 
-from fedlora.config.config import from_flat
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy import accounting, composition
 from fedlora.privacy.accounting import noise_multiplier
-from fedlora.privacy.budget import plan_run
 from fedlora.privacy.composition import Event, compose, epsilon
 
 NEIGHBOURS = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -57,7 +55,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 
 HISTORIES = {
     "one kind of step": [event(2.0, 0.25, 40)],
-    "the demo and a noised size": [event(1.24, 0.25, 40), event(30.0, 1.0, 1)],
+    "the demo and a release of its own": [event(1.24, 0.25, 40), event(30.0, 1.0, 1)],
     "many small steps": [event(2.0, 128 / 3100, 1211)],
     "five different runs": [
         event(1.1, 0.25, 40),
@@ -284,30 +282,6 @@ def test_a_target_that_no_noise_reaches_is_an_error() -> None:
     for target in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(InputError, match="epsilon is"):
             noise_multiplier(epsilon=target, delta=1e-5, sample_rate=0.25, steps=40)
-
-
-def test_a_noised_size_that_costs_the_whole_budget_is_named() -> None:
-    values = {"privacy.epsilon": 0.15, "privacy.size-noise": 10.0, "privacy.delta": 1e-5}
-    config = from_flat({**values, "federation.weighting": "noised-size"})
-    with pytest.raises(InputError, match=r"privacy.size-noise is 10.* costs epsilon .* 0.15"):
-        plan_run(config, 100, 20)
-
-
-def test_a_plan_pays_for_the_noised_size_too() -> None:
-    values = {
-        "privacy.epsilon": 4.0,
-        "privacy.delta": 1e-5,
-        "privacy.size-noise": 5.0,
-        "training.sample-rate": 0.25,
-        "training.local-steps": 2,
-        "federation.rounds": 20,
-    }
-    without = plan_run(from_flat(values), 100, 20)
-    with_size = plan_run(from_flat({**values, "federation.weighting": "noised-size"}), 100, 20)
-    assert with_size.max_steps == 40
-    assert with_size.noise_multiplier > without.noise_multiplier
-    whole = [event(with_size.noise_multiplier, 0.25, 40), event(5.0, 1.0, 1)]
-    assert 3.95 < epsilon(whole, 1e-5) <= 4.0
 
 
 @pytest.mark.parametrize(

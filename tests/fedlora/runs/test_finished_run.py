@@ -112,7 +112,6 @@ def finished(directory, **values):
             "training.local-steps": 1,
             "training.sample-rate": 0.5,
             "federation.rounds": 6,
-            "federation.evaluate-every": 0,
             "privacy.epsilon": float("inf"),
             "home.method": "none",
             **values,

@@ -257,7 +257,7 @@ def test_what_an_evaluation_asks_and_answers_comes_back():
     _same(wire.unpack_evaluate(wire.pack_order(order, wire.pack_adapter(STATE))), order)
     answer = Evaluation(institution="bank", metrics={"accuracy": 0.1 + 0.2, "n": 3})
     assert wire.unpack_evaluation(wire.pack_evaluation(answer)) == answer
-    hello = Hello(institution="bank", version="1", fits=True, rank=4)
+    hello = Hello(institution="bank", version="1", fits=True)
     assert wire.unpack_hello(wire.pack_hello(hello)) == hello
 
 
