@@ -54,7 +54,7 @@ class Settings(Section):
     state: str = setting("", "directory of local parts and other files between rounds")
     models: tuple[str, ...] = setting((), "accepted base models (model.name)")
     strategies: tuple[str, ...] = setting(
-        ("fedavg",), "accepted strategies, and plug-ins of the server (federation.aggregate)"
+        ("fedavg",), "accepted strategies, and plug-ins of the server (module:object)"
     )
     max_steps: int = setting(10, "most optimizer steps of a round", at_least=1)
     max_length: int = setting(512, "most tokens of a row", at_least=4)
