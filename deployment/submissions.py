@@ -215,22 +215,12 @@ def proceed(server: Server, *, since: float = -math.inf) -> tuple[list[str], dic
     waiting: dict[str, str] = {}
     for name in names(server):
         try:
-            if _running(server, name):
-                with alone(server.results):
-                    if submission := _running(server, name):
-                        actions += _proceed(server, submission, since)
+            with alone(server.results):
+                if (submission := find(server, name)).state == "running":
+                    actions += _proceed(server, submission, since)
         except (FlowerError, OSError, InputError) as error:
             waiting[name] = in_words(error)
     return actions, waiting
-
-
-def _running(server: Server, name: str) -> Submission | None:
-    """A submission that runs; None also if it was taken back, as the SuperLink refused it."""
-    try:
-        submission = find(server, name)
-    except InputError:
-        return None
-    return submission if submission.state == "running" else None
 
 
 def _proceed(server: Server, submission: Submission, since: float) -> list[str]:

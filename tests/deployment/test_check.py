@@ -302,62 +302,6 @@ def test_a_check_makes_no_state(institution, gateway):
     assert not state.exists()
 
 
-def test_held_out_records_are_read_as_the_records_are(institution, gateway, tmp_path):
-    test = tmp_path / "test.csv"
-    institution.write_text(f'test-source = "{test}"\n' + institution.read_text())
-
-    def held_out():
-        found = check.institution(institution)
-        assert _failed(found) <= {"held-out records"}
-        return _as(found, "held-out records")
-
-    assert "is not a file" in held_out().details
-    test.write_text("text,label\nmy card,card\nmy loan,credit\n")
-    assert "label 'credit' (1 rows of" in held_out().details
-    test.write_text("words,label\nmy card,card\n")
-    assert "'text', but" in held_out().details
-    test.write_text("text;label\nmy card;card\n")
-    assert held_out().details.startswith("delimiter is ',', but ")
-    assert "set delimiter to ';'" in held_out().details
-    test.write_bytes("text,label\nmein Übertrag,card\n".encode("latin-1"))
-    assert "which encoding names" in held_out().details
-    test.write_text("text,label\nmy card,card\nmy loan,loan\n,loan\n")
-    assert held_out() == check.Check("held-out records", "ok", "2 rows with a text and a label")
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('labels = ["card", "fraud", "loan", "loan"]', "has 'loan' twice"),
-        ('test-source = "{records}"', "none is left for training"),
-        ('source = "~nobody-of-this-name/records.csv"', "whom this machine does not know"),
-        ('source = "/data/**x/*.csv"', "is no path: Invalid pattern"),
-    ],
-)
-def test_what_would_refuse_every_order_fails_the_check_of_the_records(
-    institution, gateway, complaints, line, said
-):
-    key = line.partition(" = ")[0]
-    kept = [one for one in institution.read_text().splitlines() if not one.startswith(f"{key} =")]
-    if key == "labels":  # a list of several lines
-        values = tomllib.loads(institution.read_text()) | tomllib.loads(line)
-        kept = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    else:
-        kept.insert(0, line.format(records=complaints))
-    institution.write_text("\n".join(kept) + "\n")
-    found = check.institution(institution)
-    failed = {one.name: one.details for one in found if one.outcome == "fail"}
-    assert any(said in details for details in failed.values()), failed
-
-
-def test_a_gpu_that_is_not_there_is_named(institution, gateway, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "GPU" not in {one.name for one in check.institution(institution)}
-    institution.write_text(institution.read_text() + "\ngpu = true\n")
-    assert "set it to false" in _as(check.institution(institution), "GPU").details
-    assert _failed(check.institution(institution)) == {"GPU"}
-
-
 def test_settings_that_others_may_write_are_the_one_failure(institution, gateway):
     institution.chmod(0o666)
     (only,) = check.institution(institution)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import ipaddress
 import os
 import ssl
 import stat
@@ -34,17 +33,6 @@ def test_every_secret_is_for_its_owner_alone(made):
     # CA, gateway, SuperLink, statements, two institutions, the secret twice
     assert len(secret) == 8
     assert {stat.S_IMODE(file.stat().st_mode) for file in secret} == {0o600}
-
-
-def test_nobody_but_its_owner_can_replace_an_institutions_settings(made, tmp_path):
-    before = os.umask(0)  # the most open one
-    try:
-        setup.make(tmp_path / "open", ["a"], host="localhost", port=8443)
-    finally:
-        os.umask(before)
-    for path in ("settings", "settings/institution.toml"):
-        mode = (tmp_path / "open" / "institutions" / "a" / path).stat().st_mode
-        assert not mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def test_private_keys_are_in_their_institutions_folders_only(made):
@@ -131,27 +119,6 @@ def test_the_environment_is_that_of_the_compose_file(made):
 def test_bad_input_leaves_nothing(tmp_path, names, host, port, words):
     with pytest.raises(InputError, match=words):
         setup.make(tmp_path / "d", names, host=host, port=port)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("host", ["10.0.0.1", "::1", "fe80::1"])
-def test_a_certificate_names_an_address_as_an_address(tmp_path, host):
-    setup.make(tmp_path / "d", ["a"], host=host, port=1)
-    certificate = x509.load_pem_x509_certificate(
-        (tmp_path / "d" / "gateway" / "server.pem").read_bytes()
-    )
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert ipaddress.ip_address(host) in names.get_values_for_type(x509.IPAddress)
-    assert names.get_values_for_type(x509.DNSName) == ["gateway", "localhost"]
-
-
-def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(setup, "_institution", full)
-    with pytest.raises(InputError, match="no space left"):
-        setup.make(tmp_path / "d", ["a"], host="h", port=1)
     assert not list(tmp_path.iterdir())
 
 

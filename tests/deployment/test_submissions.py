@@ -194,12 +194,6 @@ def test_a_run_that_ends_just_before_it_is_stopped_keeps_its_end(
     assert submissions.find(here, "one").state == state
 
 
-def test_an_answer_is_waited_for_longer_than_the_superlink_waits_for_its_database():
-    from deployment.superlink import LOCK_WAIT
-
-    assert LOCK_WAIT / 1000 < superlink_client.REQUEST_SECONDS
-
-
 @pytest.mark.parametrize(
     ("code", "body", "kind"),
     [
@@ -348,19 +342,6 @@ def test_a_run_is_as_old_as_the_superlink_says(here, monkeypatch):
     assert superlink_client.status(here, "8")[0] == "unknown"
 
 
-def test_a_run_that_waits_for_a_server_is_left_alone(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    link.runs["1"] = ("pending", "")
-    assert _pass(here, since=time.monotonic()) == []
-
-
-def test_a_run_that_the_superlink_forgot_is_submitted_again(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    del link.runs["1"]
-    link.runs["other"] = ("running", "")
-    assert len(_pass(here)) == 1
-
-
 def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
     made = submissions.submit(here, deployed, "one")
     lost = ("finished:failed", submissions.INTERRUPTED[0])
@@ -493,17 +474,6 @@ def looks(here, monkeypatch, caplog):
     return look
 
 
-def test_runs_continue_where_institutions_cannot_be_registered(
-    here, link, deployed, looks, monkeypatch
-):
-    submissions.submit(here, deployed, "one")
-    monkeypatch.setattr(superlink_client, "register", lambda _: _raise(FlowerError("500")))
-    link.runs.clear()
-    lines = looks()
-    assert any(line.startswith("one continues") for line in lines)
-    assert "institutions are not registered: 500" in lines
-
-
 @pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
 def test_a_request_that_fails_for_one_submission_holds_up_no_other(
     here, link, deployed, monkeypatch, error
@@ -521,20 +491,6 @@ def test_a_request_that_fails_for_one_submission_holds_up_no_other(
     assert first == "one: 500" and second.startswith("two continues")
 
 
-def test_a_submission_that_is_taken_back_meanwhile_ends_nothing(here, link, deployed, monkeypatch):
-    submissions.submit(here, deployed, "one")
-    locked = submissions.alone
-
-    @contextlib.contextmanager
-    def removing(directory):
-        (directory / "one" / "submission.json").unlink()
-        with locked(directory):
-            yield
-
-    monkeypatch.setattr(submissions, "alone", removing)
-    assert submissions.proceed(here) == ([], {})
-
-
 def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):
     made = submissions.submit(here, deployed, "one")
     steps = iter(
@@ -550,33 +506,6 @@ def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deploye
     shown = []
     assert submissions.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
     assert shown == [1, 2]
-
-
-def test_waiting_for_a_run_that_fails_exits_with_1(here, link, deployed, tmp_path, monkeypatch):
-    file = tmp_path / "run.toml"
-    file.write_text(deployed.to_toml())
-
-    def fail(_):
-        _finish(
-            submissions.find(here, "one"), link, result=False, status="finished:failed", details="x"
-        )
-        submissions.observe(here, "one")
-
-    monkeypatch.setattr(submissions.time, "sleep", fail)
-    done = CliRunner().invoke(app, ["deploy", "submit", str(file), "--name", "one", "--wait"])
-    assert done.exit_code == 1
-    assert "failed: x" in done.stdout
-
-
-def test_a_missing_environment_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.delenv("FEDLORA_KEYS", raising=False)
-    with pytest.raises(InputError, match="FEDLORA_KEYS is not set"):
-        superlink_client.server()
-    for name in ("FEDLORA_KEYS", "FEDLORA_INSTITUTIONS", "FEDLORA_RESULTS"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("FEDLORA_SUPERLINK", "x")
-    with pytest.raises(InputError, match=r"ca\.crt is missing"):
-        superlink_client.server()
 
 
 def test_a_failed_or_stopped_run_continues_in_its_directory(here, link, deployed):
