@@ -18,7 +18,6 @@ Whenever the process is killed, the ledger states at least the released spending
 import contextlib
 import dataclasses
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -233,13 +232,14 @@ class Institution:
         checks.check_step(order, self.config, plan)
         checks.check_size(order, plan)
         secure = self.secure_role() if self.config.privacy.masks else None
-        ledger, masked = self.open_ledger(shard), None
-        with _closed_on_error(ledger):
+        with contextlib.ExitStack() as on_error:
+            ledger, masked = on_error.enter_context(self.open_ledger(shard)), None
             self._check_limits(plan, ledger)
             if secure:
                 count, masked = secure.begin(order)
             else:
                 count = len(records.load(self.config).names)
+            on_error.pop_all()  # the round closes it
         return PrivateRound(
             name=self.name,
             order=order,
@@ -350,13 +350,14 @@ class Institution:
             except InputError:
                 if not path.exists():  # otherwise another run made it meanwhile
                     raise
-        ledger = Ledger.open(path)
-        with _closed_on_error(ledger):
+        with contextlib.ExitStack() as on_error:
+            ledger = on_error.enter_context(Ledger.open(path))
             checks.check_ledger_delta(ledger, path, shard.num_units)
             if create and found:  # the first order binds it: the run may be refused before
                 ledger.is_bound(shard.fingerprint, privacy.unit)
             else:
                 ledger.bind(shard.fingerprint, privacy.unit)
+            on_error.pop_all()
         return ledger
 
     def _train_without_dp(self, order: TrainOrder) -> ClientUpdate:
@@ -406,12 +407,3 @@ class Institution:
     def local_parts(self, run: str) -> LocalParts:
         """The local parts of a run."""
         return LocalParts(self.directory, run, self.config.fingerprint(*UNRELEASED))
-
-
-@contextlib.contextmanager
-def _closed_on_error(ledger: Ledger) -> Generator[None]:
-    try:
-        yield
-    except BaseException:
-        ledger.close()
-        raise

@@ -191,7 +191,7 @@ class Ledger:
                 bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
         with self._transaction() as db:
-            answer = answered(db, run_id, round_number, order_digest)
+            answer = ledger_file.answered(db, run_id, round_number, order_digest)
             if answer is not None:
                 return Charge(key=b"", answer=answer)
             paid = db.execute(
@@ -210,9 +210,9 @@ class Ledger:
                     "participation-cap",
                     f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
                 )
-            _check_same_run(db, run_id, event, extra_events)
+            ledger_file.check_same_run(db, run_id, event, extra_events)
             if event.shares:
-                _check_one_charge(db, run_id, round_number)
+                ledger_file.check_one_charge(db, run_id, round_number)
                 earlier = "UPDATE charges SET key = NULL WHERE run = ? AND round < ?"
                 db.execute(earlier, (run_id, round_number))
             extra = () if used else tuple(extra_events)
@@ -222,12 +222,20 @@ class Ledger:
             at = datetime.now(UTC).isoformat(timespec="seconds")
             db.execute(
                 "INSERT INTO charges VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (run_id, round_number, order_digest, *mechanism, _json(extra), at, fresh),
+                (
+                    run_id,
+                    round_number,
+                    order_digest,
+                    *mechanism,
+                    ledger_file.as_json(extra),
+                    at,
+                    fresh,
+                ),
             )
         return Charge(key=fresh, answer=None)
 
     def _check_budget(self, db: sqlite3.Connection, cost: Sequence[Event]) -> None:
-        before = _events(db)
+        before = ledger_file.events(db)
         needed = self._epsilon((*before, *cost))
         if needed > self.max_epsilon:
             raise Refusal(
@@ -254,7 +262,7 @@ class Ledger:
         """
         place = (run_id, round_number)
         with self._transaction() as db:
-            stored = answered(db, run_id, round_number, order_digest)
+            stored = ledger_file.answered(db, run_id, round_number, order_digest)
             if stored is not None:
                 return stored
             query = "SELECT 1 FROM charges WHERE (run, round, digest) = (?, ?, ?)"
@@ -336,7 +344,7 @@ class Ledger:
     def history(self, run_id: str | None = None) -> History:
         """All charged events, of all runs or of one, in canonical form."""
         with ledger_file.refusing(self._path):
-            return _events(self._connection, run_id)
+            return ledger_file.events(self._connection, run_id)
 
     def steps_of(self, run_id: str) -> int:
         """The steps that a run was charged for, without one-off releases."""
@@ -405,80 +413,3 @@ class Ledger:
             ledger_file.check_seal(db, self._path)
             yield db
             ledger_file.seal(db)
-
-
-def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
-    """The stored answer to this order, or None if the round has no answer yet.
-
-    Raises:
-        Refusal: ``round-already-answered``: to another order, its answer gone, its sum unmasked, or
-            the round given up.
-    """
-    stored = db.execute(
-        "SELECT answer FROM answers WHERE (run, round, digest) = (?, ?, ?)", (run, number, digest)
-    ).fetchone()
-    if stored is not None:
-        return stored[0]
-    wiped = db.execute(
-        "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, number)
-    ).fetchone()
-    if wiped:
-        raise Refusal(
-            "round-already-answered",
-            f"round {number} of run {run} was answered to another order, or its answer dropped "
-            "after a later round, or, under secure aggregation, its sum unmasked or given up",
-        )
-    return None
-
-
-def _check_one_charge(db: sqlite3.Connection, run: str, number: int) -> None:
-    """Refuse a second charge of a round under secure aggregation."""
-    query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?)"
-    if db.execute(query, (run, number)).fetchone():
-        raise Refusal(
-            "round-already-answered",
-            f"round {number} of run {run} was charged for another order or another institution; "
-            "under secure aggregation one vector of the same records may be in a sum",
-        )
-
-
-def _check_same_run(
-    db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
-) -> None:
-    """Refuse a charge whose mechanism or one-off releases differ from the run's first charge.
-
-    A server that changes them between rounds could obtain a one-off release without a charge, or
-    choose the next noise after the last answer, which numerical composition does not cover.
-    """
-    first = db.execute(
-        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges "
-        "WHERE run = ? ORDER BY id LIMIT 1",
-        (run,),
-    ).fetchone()
-    wanted = (*dataclasses.astuple(event), _json(extra_events))
-    if first not in (None, wanted):
-        raise Refusal(
-            "run-changed",
-            f"run {run} began with (noise, rate, steps, shares, one-off releases) {first} "
-            f"and now asks for {wanted}",
-        )
-
-
-def _events(db: sqlite3.Connection, run: str | None = None) -> History:
-    """The charged events of all runs or of one, in canonical form."""
-    # Charges of one run are alike, so that a ledger of many rounds has few groups to read.
-    rows = db.execute(
-        "SELECT count(*), noise_multiplier, sample_rate, steps, shares, extra FROM charges"
-        " WHERE run = coalesce(?, run)"
-        " GROUP BY noise_multiplier, sample_rate, steps, shares, extra",
-        (run,),
-    )
-    parts = [(n, part) for n, *main, extra in rows for part in (main, *json.loads(extra))]
-    return composition.compose(
-        Event(noise_multiplier=sigma, sample_rate=rate, steps=n * steps, shares=sum(shares))
-        for n, (sigma, rate, steps, *shares) in parts  # a one-off release has none
-    )
-
-
-def _json(extra: Sequence[Event]) -> str:
-    return json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra])

@@ -12,15 +12,17 @@ whole file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import sqlite3
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from fedlora import files
 from fedlora.errors import InputError, Refusal
+from fedlora.privacy.composition import Event, History, compose
 
 BUSY_SECONDS = 30.0
 APPLICATION = 0x66646C64
@@ -255,3 +257,81 @@ def corrupt(path: Path, problem: str, store: str = "ledger") -> Refusal:
 def _seal(db: sqlite3.Connection) -> str:
     state = [db.execute(query).fetchall() for query in _SEALED]
     return sha256(json.dumps(state, default=repr).encode())
+
+
+def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> bytes | None:
+    """The stored answer to this order, or None if the round has no answer yet.
+
+    Raises:
+        Refusal: ``round-already-answered``: to another order, its answer gone, its sum unmasked, or
+            the round given up.
+    """
+    stored = db.execute(
+        "SELECT answer FROM answers WHERE (run, round, digest) = (?, ?, ?)", (run, number, digest)
+    ).fetchone()
+    if stored is not None:
+        return stored[0]
+    wiped = db.execute(
+        "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, number)
+    ).fetchone()
+    if wiped:
+        raise Refusal(
+            "round-already-answered",
+            f"round {number} of run {run} was answered to another order, or its answer dropped "
+            "after a later round, or, under secure aggregation, its sum unmasked or given up",
+        )
+    return None
+
+
+def check_one_charge(db: sqlite3.Connection, run: str, number: int) -> None:
+    """Refuse a second charge of a round under secure aggregation."""
+    query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?)"
+    if db.execute(query, (run, number)).fetchone():
+        raise Refusal(
+            "round-already-answered",
+            f"round {number} of run {run} was charged for another order or another institution; "
+            "under secure aggregation one vector of the same records may be in a sum",
+        )
+
+
+def check_same_run(
+    db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
+) -> None:
+    """Refuse a charge whose mechanism or one-off releases differ from the run's first charge.
+
+    A server that changes them between rounds could obtain a one-off release without a charge, or
+    choose the next noise after the last answer, which numerical composition does not cover.
+    """
+    first = db.execute(
+        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges "
+        "WHERE run = ? ORDER BY id LIMIT 1",
+        (run,),
+    ).fetchone()
+    wanted = (*dataclasses.astuple(event), as_json(extra_events))
+    if first not in (None, wanted):
+        raise Refusal(
+            "run-changed",
+            f"run {run} began with (noise, rate, steps, shares, one-off releases) {first} "
+            f"and now asks for {wanted}",
+        )
+
+
+def events(db: sqlite3.Connection, run: str | None = None) -> History:
+    """The charged events of all runs or of one, in canonical form."""
+    # Charges of one run are alike, so that a ledger of many rounds has few groups to read.
+    rows = db.execute(
+        "SELECT count(*), noise_multiplier, sample_rate, steps, shares, extra FROM charges"
+        " WHERE run = coalesce(?, run)"
+        " GROUP BY noise_multiplier, sample_rate, steps, shares, extra",
+        (run,),
+    )
+    parts = [(n, part) for n, *main, extra in rows for part in (main, *json.loads(extra))]
+    return compose(
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=n * steps, shares=sum(shares))
+        for n, (sigma, rate, steps, *shares) in parts  # a one-off release has none
+    )
+
+
+def as_json(extra: Sequence[Event]) -> str:
+    """One-off releases as they are stored."""
+    return json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra])

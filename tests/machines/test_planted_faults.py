@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from client import checks, ledger, ledger_file, private_round
+from client import checks, ledger_file, private_round
 from client.ledger import Ledger
 from fedlora.wire.messages import TrainOrder
 from server import replies, run_directory
@@ -43,7 +43,7 @@ def test_an_answer_to_any_order_of_its_round_is_found(monkeypatch):
         found = row.fetchone()
         return found and found[0]
 
-    monkeypatch.setattr(ledger, "answered", answered)
+    monkeypatch.setattr(ledger_file, "answered", answered)
     finds(LedgerMachine)
 
 
