@@ -36,7 +36,6 @@ def init(
     console.write_line(
         f"{place}: text {guessed.text!r}, label {guessed.label!r}, institutions "
         + (f"from {guessed.institution!r}" if guessed.institution else "drawn at random")
-        + (f", encoding {guessed.encoding!r}" if guessed.encoding else "")
     )
     if guessed.customer:
         console.write_line(

@@ -196,7 +196,7 @@ def predict(
     overrides = parse_overrides(assign or [])
     if data:
         config = finished_run.configuration(run_dir, overrides)
-        given = answer_files.read(data, config.data.text, config.data.csv_form)
+        given = answer_files.read(data, config.data.text)
     elif of_files := sorted(key for key in overrides if key.startswith("data.")):
         raise InputError(f"--set has {of_files[0]}, which is for a file; give --data too")
     else:

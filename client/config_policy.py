@@ -133,8 +133,6 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     "data.institutions": Own(lambda _: 1),
     "data.min-records": Own(lambda _: 1),
     "data.max-records": Own(lambda _: 0),
-    "data.delimiter": Own(lambda own: own.delimiter),
-    "data.encoding": Own(lambda own: own.encoding),
     "data.text": Own(lambda own: own.text),
     "data.label": Own(lambda own: own.label),
     "data.labels": Taken(

@@ -19,7 +19,6 @@ from fedlora.config.settings_schema import Section, section
 from fedlora.config.settings_schema import key as setting
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.data import sources
-from fedlora.data.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.secure import noise_shares
 
@@ -27,7 +26,7 @@ REPORTABLE = ("loss", "records")
 """Figures that a round without DP may report."""
 _GATEWAY = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _OWN_KEY = re.compile(
-    r"(?<![\w./-])(data\.(?=((test-)?source|delimiter|encoding|text|labels?)\b)|privacy\.(?=unit\b))"
+    r"(?<![\w./-])(data\.(?=((test-)?source|text|labels?)\b)|privacy\.(?=unit\b))"
 )
 """What a run's configuration has before the keys of the institution's own records."""
 
@@ -40,10 +39,6 @@ class Settings(Section):
     name: str = setting("", "the institution's name in the federation")
     source: str = setting("", "the training records, as in data.source")
     test_source: str = setting("", "held-out records, whose texts are never trained on")
-    delimiter: str = setting(
-        ",", "character between the columns of .csv records", choices=tuple(DELIMITERS)
-    )
-    encoding: str = setting("utf-8", "encoding of .csv records, as in data.encoding")
     text: str = setting("text", "column of the text, or several joined by commas")
     label: str = setting("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = setting(
@@ -105,11 +100,6 @@ class Settings(Section):
         "", "directory of the other institutions' public keys, NAME.pub (secure aggregation)"
     )
 
-    @property
-    def csv_form(self) -> CsvForm:
-        """The form of CSV records."""
-        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("name", "source", "ledger", "state", "models"):
@@ -136,7 +126,6 @@ class Settings(Section):
                 f"gateway is {self.gateway!r}; it must be HOST:PORT with a port from 1 to 65535, "
                 "such as fed.example.org:8443: correct gateway"
             )
-        check_encoding("encoding", self.encoding)
         check_threads("threads", self.threads)
 
 

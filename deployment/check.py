@@ -291,7 +291,7 @@ def _rows(own: "Settings", source: str, split: str) -> str:
     """Read a source as a run does; errors that quote a record may go to the terminal."""
     from fedlora.data import rows
 
-    table = rows.read_table(source, own.text, own.label, {}, split, form=own.csv_form)
+    table = rows.read_table(source, own.text, own.label, {}, split)
     if own.labels:
         rows.check_labels(table.labels, own.labels, source, "correct these rows")
     return f"{len(table.texts):,} rows with a text and a label"

@@ -49,8 +49,6 @@ class Keywords(TypedDict, total=False):
     institutions: int
     min_records: int
     max_records: int
-    delimiter: str
-    encoding: str
     text: str
     label: str
     labels: Sequence[str]

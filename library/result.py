@@ -121,7 +121,7 @@ class Result:
         elif tables.is_table(texts):
             columns = dict.fromkeys(rows.text_columns(self.config.data.text), "data.text")
             try:
-                found = tables.columns(texts, columns, "texts").values()
+                found = tables.texts(tables.frame(texts, "texts"), columns, "texts").values()
             except RecordError:
                 raise InputError(
                     f"texts is a table without a column that the run reads ({', '.join(columns)}); "

@@ -37,7 +37,7 @@ def write_messy(path: Path) -> Counter[str]:
     """Write the file; the number of its rows by what they lack."""
     rows = messy_rows()
     text = "\r\n".join([HEADER, *(";".join(row) for row in rows)])
-    path.write_bytes(text.encode("latin-1"))
+    path.write_bytes(text.encode())
     lacks = Counter[str]()
     for written, label, bank in rows:
         lacks["read"] += 1

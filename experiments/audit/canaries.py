@@ -15,7 +15,6 @@ import numpy as np
 
 from fedlora.arrays import Int64
 from fedlora.config.config import RunConfig
-from fedlora.data.csv_files import PLAIN
 from fedlora.data.partition import normalise
 from fedlora.data.rows import Table, partition_rows
 from fedlora.errors import InputError
@@ -118,8 +117,6 @@ def plant(config: RunConfig, count: int, folder: Path) -> Audited:
             {
                 "data.source": str(folder / "train.csv"),
                 "data.test-source": str(folder / "held-out.csv"),
-                "data.delimiter": PLAIN.delimiter,
-                "data.encoding": PLAIN.encoding,
                 "data.text": TEXT,
                 "data.label": LABEL,
                 "data.labels": json.dumps(dealt.classes),

@@ -36,7 +36,6 @@ from experiments.audit.observed import (
 from fedlora.arrays import Floats
 from fedlora.config.config import ACCEPTABLE, RunConfig
 from fedlora.data import data, records
-from fedlora.data.csv_files import PLAIN
 from fedlora.data.rows import partition_rows
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
@@ -336,8 +335,6 @@ def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
             "data.source": str(place / "all.csv"),
             "data.test-source": "",
             "accept": ",".join(ACCEPTABLE),  # an attack's run promises nothing
-            "data.delimiter": PLAIN.delimiter,
-            "data.encoding": PLAIN.encoding,
             "data.test-fraction": 0.5,
             "privacy.unit": "record",
             "privacy.delta": config.privacy.delta if keeps_delta else 0.0,

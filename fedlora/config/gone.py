@@ -16,6 +16,8 @@ KEYS: dict[str, str] = {
     "privacy.institution-delta": "it is a power of ten below 1 / (10 x institutions)",
     "federation.aggregate": "federation.strategy takes module:object",
     "federation.byzantine": "federation.robust takes the share, such as multi-krum:0.2",
+    "data.delimiter": "the delimiter of a .csv file is read from its header",
+    "data.encoding": "convert the file to UTF-8, as in: iconv -f LATIN1 -t UTF-8 old.csv > new.csv",
 }
 """A key that was removed -> what to use, the end of the sentence "KEY is gone; ..."."""
 COMMANDS: dict[str, str] = {

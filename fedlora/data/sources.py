@@ -5,8 +5,7 @@ of such files, one for each institution, which gives the column ``institution``;
 ``package:NAME/FILE`` for such a file inside an installed package, ``package:edgartools`` for the
 us-gaap concepts that edgartools ships, ``hub:NAME[:CONFIG]``, ``python:MODULE:FUNCTION`` for a
 function that returns a table, or ``memory:DIGEST`` for a table that this process holds
-(`data.tables`). Every value is read as text; a missing value is the empty text. Each function
-imports its heavy reader itself, so a cached federation opens without those readers.
+(`fedlora.data.tables`).
 """
 
 import contextlib
@@ -19,79 +18,58 @@ import os
 import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedlora.config import plugins, schemes
-from fedlora.data import csv_files, tables
-from fedlora.data.columns import Rows, as_text, check_columns, check_single, unreadable
-from fedlora.data.csv_files import PLAIN, CsvForm
-from fedlora.data.text import folded
+from fedlora.data import tables
+from fedlora.data.tables import READERS, Frame, Rows
+from fedlora.data.text import alike
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 from fedlora.files import expanded, sha256
 
-CSV = ".csv"
+HUB, PACKAGE = "hub:", "package:"
 US_GAAP = "package:edgartools"
 """Columns: text (a concept's words), label (its statement), industry (one that reports it)."""
 
 
-def read(
-    source: str,
-    wanted: Mapping[str, str],
-    split: str = "train",
-    form: CsvForm = PLAIN,
-) -> Rows:
+def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
     """Read the wanted columns of a source.
 
     Args:
         source: The source, as described above.
         wanted: Column name -> its config key, for error messages.
         split: The split of a Hub data set; files have none.
-        form: Delimiter and encoding of a CSV file.
 
     Raises:
         InputError: If the source is not there or not readable, has no row, or a column is missing;
             the message names the columns that are there.
     """
-    if source.startswith("hub:"):
-        rows = tables.columns(_load_hub(source, split), wanted, source)
-    elif source.startswith(tables.MEMORY):
-        rows = tables.read(source, wanted)
-    elif source.startswith(schemes.PYTHON):
-        rows = tables.columns(_call(source, split), wanted, source)
-    elif files := institution_files(source):
-        rows = _read_files(files, wanted, form)
-    else:
-        rows = _read_file(source, wanted, form)
-    if not any(rows.values()):
+    return tables.texts(frame(source, split), wanted, source)
+
+
+def frame(source: str, split: str = "train") -> Frame:
+    """All columns of a source as a data frame, values as they are; see `read`."""
+    table = _frame(source, split)
+    if not len(table):
         raise InputError(
             f"data source {source!r} names its columns, but has no row below them; "
             "give one that has rows"
         )
-    return rows
+    return table
 
 
-def _read_file(source: str, wanted: Mapping[str, str], form: CsvForm) -> Rows:
-    path = locate(source)
+def _frame(source: str, split: str) -> Frame:
+    if source.startswith((HUB, schemes.PYTHON)):
+        return _called(source, split)
+    if source.startswith(tables.MEMORY):
+        return tables.held(source)
     if source == US_GAAP:
-        return _read_us_gaap(path, wanted)
-    if _suffix(source) == CSV:
-        return csv_files.read(source, path, wanted, form)
-    return _READERS[_suffix(source)](source, path, wanted)
-
-
-def _read_files(files: Mapping[str, Path], wanted: Mapping[str, str], form: CsvForm) -> Rows:
-    """The rows of all files, and the name of each row's file as the column ``institution``."""
-    own = {name: key for name, key in wanted.items() if name != tables.INSTITUTION}
-    rows: Rows = {name: [] for name in wanted}
-    for institution, path in files.items():
-        part = _read_file(str(path), own, form)
-        if not any(part.values()):
-            raise InputError(
-                f"{str(path)!r} has no row; remove the file, or give the institution's rows"
-            )
-        tables.add_institution(rows, institution, part)
-    return rows
+        return _us_gaap(locate(source))
+    if files := institution_files(source):
+        parts = {name: tables.read_file(path, str(path)) for name, path in files.items()}
+        return tables.stacked(parts, source)
+    return tables.read_file(locate(source), source)
 
 
 def institution_files(source: str) -> dict[str, Path]:
@@ -103,8 +81,8 @@ def institution_files(source: str) -> dict[str, Path]:
     path = expanded(source)
     with _accessible(source):
         if path.is_dir():
-            found = [file for file in path.iterdir() if file.suffix.lower() in (CSV, *_READERS)]
-        elif is_glob(source) and not path.exists():
+            found = [file for file in path.iterdir() if file.suffix.lower() in READERS]
+        elif is_per_institution(source):
             matching = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
             found = [file for file in matching if file.is_file()]
         else:
@@ -112,22 +90,19 @@ def institution_files(source: str) -> dict[str, Path]:
     if not found:
         raise InputError(
             f"data source {source!r} has no file; give a directory or glob of "
-            f"{', '.join((CSV, *_READERS))} files, one for each institution"
+            f"{', '.join(READERS)} files, one for each institution"
         )
-    files: dict[str, Path] = {}
-    for file in sorted(found):
-        if other := files.get(folded(file.stem)):
-            raise InputError(
-                f"data source {source!r} has {other.name} and {file.name}, which are both the "
-                "institution's of that name; join or rename them"
-            )
-        files[folded(file.stem)] = file
-    return {file.stem: file for file in files.values()}
+    if same := alike([file.stem for file in found]):
+        raise InputError(
+            f"data source {source!r} has two files of one institution, {same[0]!r}; join them, or "
+            "rename one"
+        )
+    return {file.stem: file for file in sorted(found)}
 
 
 def is_path(source: str) -> bool:
     """Whether a source is a path, of a file, a directory or a glob."""
-    return not source.startswith(("hub:", "package:", schemes.PYTHON, tables.MEMORY))
+    return not source.startswith((HUB, PACKAGE, schemes.PYTHON, tables.MEMORY))
 
 
 def is_glob(source: str) -> bool:
@@ -157,12 +132,14 @@ def _accessible(source: str) -> Generator[None]:
 
 
 @functools.lru_cache(maxsize=2)
-def _call(source: str, split: str) -> tables.Table:
-    """The table that a function of one's own returns: one call for digest and rows."""
+def _called(source: str, split: str) -> Frame:
+    """The table of the Hub or of a function of one's own: one call for digest and rows."""
+    if source.startswith(HUB):
+        return tables.frame(_load_hub(source, split), source)
     key = "data.source" if split == "train" else "data.test-source"
     function = plugins.load(key, source.removeprefix(schemes.PYTHON))
     try:
-        return function()
+        return tables.frame(function(), source)
     except InputError:
         raise
     except Exception as error:
@@ -173,78 +150,31 @@ def _call(source: str, split: str) -> tables.Table:
 
 def forget() -> None:
     """Drop the tables of functions of one's own, so that they are called again."""
-    _call.cache_clear()
-
-
-def columns(source: str, form: CsvForm) -> list[str]:
-    """The columns of a file, in order.
-
-    Raises:
-        InputError: If the source is no file, or cannot be read.
-    """
-    if source.startswith("hub:") or source == US_GAAP:
-        raise InputError(f"data source {source!r} is no file; give a .csv, .jsonl or .parquet file")
-    path, suffix = locate(source), _suffix(source)
-    if suffix == CSV:
-        return csv_files.header(source, path, form)
-    if suffix == ".jsonl":
-        return list(dict.fromkeys(name for record in _records(source, path) for name in record))
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    arrow: Any = importlib.import_module("pyarrow")
-    try:
-        return [name.strip() for name in parquet.ParquetFile(path).schema_arrow.names]
-    except (arrow.lib.ArrowException, OSError, ValueError) as error:
-        raise unreadable(source, error) from None
+    _called.cache_clear()
 
 
 def digest(source: str, split: str = "train") -> str:
-    """Return a sha256 that changes with the rows that `read` returns.
-
-    A Hub data set is downloaded if the cache of ``datasets`` lacks it. Its digest covers the
-    revisions in that cache, so a later run needs neither the network nor that import.
-    """
-    if source.startswith("hub:"):
-        revisions = _hub_revisions(source)
-        if not revisions:
-            _load_hub(source, split)
-            revisions = _hub_revisions(source)
-        return hashlib.sha256(json.dumps([source, split, revisions]).encode()).hexdigest()
+    """Return a sha256 that changes with the rows that `read` returns."""
+    if source.startswith((HUB, schemes.PYTHON)):
+        return tables.digest(_called(source, split))
     if source.startswith(tables.MEMORY):
         return source.removeprefix(tables.MEMORY)
-    if source.startswith(schemes.PYTHON):
-        return tables.digest(_call(source, split), source)
-    if files := institution_files(source):
-        content = [[name, _file_digest(str(path))] for name, path in files.items()]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return _file_digest(source)
-
-
-def _file_digest(source: str) -> str:
-    content = sha256(locate(source))
-    kind = source if source == US_GAAP else _suffix(source)
-    return hashlib.sha256(json.dumps([kind, content]).encode()).hexdigest()
+    files = institution_files(source) or {"": locate(source)}
+    content = [[name, path.suffix.lower(), sha256(path)] for name, path in files.items()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def locate(source: str) -> Path:
     """Return the file of a path or ``package:`` source; packages are found without an import."""
-    if source == US_GAAP:
-        path = _in_package("edgar", "xbrl/standardization/gaap_mappings.json")
-        if path is None:
-            raise InputError(
-                f"data source {source!r} needs the package edgartools, which is not installed or "
-                "has no us-gaap mapping; pip install edgartools"
-            )
-        return path
-    if source.startswith("package:"):
-        package, slash, relative = source.removeprefix("package:").partition("/")
-        if not slash or not relative:
-            raise InputError(
-                f"data source {source!r} names no file; write package:NAME/path/to/file.csv"
-            )
+    if source.startswith(PACKAGE):
+        package, _, relative = source.removeprefix(PACKAGE).partition("/")
+        if source == US_GAAP:
+            package, relative = "edgar", "xbrl/standardization/gaap_mappings.json"
         path = _in_package(package.replace("-", "_"), relative)
         if path is None:
             raise InputError(
-                f"data source {source!r} is not there; pip install {package}, or mend the path"
+                f"data source {source!r} is not there; pip install "
+                f"{source.removeprefix(PACKAGE).partition('/')[0]}, or write package:NAME/FILE"
             )
         return path
     path = expanded(source)
@@ -271,91 +201,23 @@ def _in_package(package: str, relative: str) -> Path | None:
     return None
 
 
-def _suffix(source: str) -> str:
-    suffix = Path(source).suffix.lower()
-    if suffix not in (CSV, *_READERS):
-        raise InputError(
-            f"data source {source!r} ends in {suffix!r}; it must be {', '.join((CSV, *_READERS))}"
-        )
-    return suffix
-
-
-def _records(source: str, path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file."""
-    records: list[dict[str, Any]] = []
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    record: Any = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError(f"line {number} is not an object")
-                    values = cast(dict[str, Any], record)
-                    record = {name.strip(): value for name, value in values.items()}
-                    if len(record) < len(values):
-                        raise ValueError(f"line {number} has a name twice, but for blanks")
-                    records.append(record)
-    except json.JSONDecodeError as error:
-        raise unreadable(source, ValueError(f"line {number}: {error.msg}")) from None
-    except RecursionError:
-        raise unreadable(source, ValueError(f"line {number} is nested too deeply")) from None
-    except ValueError as error:
-        raise unreadable(source, error) from None
-    return records
-
-
-def _read_jsonl(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
-    records = _records(source, path)
-    check_columns(source, wanted, (column for record in records for column in record))
-    return {c: [as_text(record.get(c), source, c) for record in records] for c in wanted}
-
-
-def _read_parquet(source: str, path: Path, wanted: Mapping[str, str]) -> Rows:
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    arrow: Any = importlib.import_module("pyarrow")
-    name, rows = "", Rows()
-    try:
-        file = parquet.ParquetFile(path)
-        names = [name.strip() for name in file.schema_arrow.names]
-        written = dict(zip(names, file.schema_arrow.names, strict=True))
-        check_columns(source, wanted, names)
-        check_single(source, wanted, names)
-        for name in wanted:
-            column = file.read(columns=[written[name]]).column(written[name])
-            rows[name] = [as_text(value, source, name) for value in column.to_pylist()]
-    except InputError:
-        raise
-    except (arrow.lib.ArrowException, OSError, ValueError, OverflowError) as error:
-        where = f"column {name!r}: " if name else ""
-        raise unreadable(source, ValueError(f"{where}{error}")) from None
-    return rows
-
-
-def _read_us_gaap(path: Path, wanted: Mapping[str, str]) -> Rows:
+def _us_gaap(path: Path) -> Frame:
     """Make a row of each concept with a statement and each industry that reports it."""
-    check_columns(US_GAAP, wanted, ("text", "label", "industry"))
-    rows: Rows = {"text": [], "label": [], "industry": []}
-    for concept, entry in json.loads(path.read_bytes()).items():
-        statement = entry.get("statement")
-        if not statement:
-            continue
-        for industry in sorted(entry.get("industry_overrides") or ()):
-            rows["text"].append(_words(concept))
-            rows["label"].append(statement)
-            rows["industry"].append(industry)
-    return {column: rows[column] for column in wanted}
-
-
-def _words(camel_case: str) -> str:
-    """Split ``NetIncomeLossUSGovernment1`` into ``Net Income Loss US Government 1``."""
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", camel_case))
+    rows = [
+        # NetIncomeLossUSGovernment1: Net Income Loss US Government 1
+        (" ".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", concept)), statement, industry)
+        for concept, entry in json.loads(path.read_bytes()).items()
+        if (statement := entry.get("statement"))
+        for industry in sorted(entry.get("industry_overrides") or ())
+    ]
+    text, label, industry = zip(*rows, strict=True)
+    return tables.frame({"text": text, "label": label, "industry": industry}, US_GAAP)
 
 
 def _load_hub(source: str, split: str) -> Any:
     require("datasets", "simulation", f"data source {source!r}")
     datasets: Any = importlib.import_module("datasets")
-    name, _, config = source.removeprefix("hub:").partition(":")
+    name, _, config = source.removeprefix(HUB).partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub client raises many unrelated types
@@ -365,24 +227,3 @@ def _load_hub(source: str, split: str) -> Any:
             f"{type(error).__name__}: {reason}; check the name, the network and HF_TOKEN, or give "
             "a local file"
         ) from None
-
-
-def _hub_revisions(source: str) -> list[str]:
-    """Name the config/version/revision folders that ``datasets`` keeps for a data set, sorted."""
-    name = source.removeprefix("hub:").partition(":")[0]
-    home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("HF_HOME", f"{home}/huggingface")
-    root = expanded(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets"))
-
-    def normalised(text: str) -> str:  # datasets writes owner/camelCase as owner___camel_case
-        return text.lower().replace("_", "").replace("/", "")
-
-    folders = [folder for folder in root.glob("*") if normalised(folder.name) == normalised(name)]
-    return sorted(
-        str(info.parent.relative_to(root))
-        for f in folders
-        for info in f.glob("*/*/*/dataset_info.json")
-    )
-
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

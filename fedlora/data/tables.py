@@ -1,23 +1,26 @@
-"""Records that a Python process holds: data frames, data sets, columns, and tables by institution.
+"""Tables of records as columns of text: files, data frames, data sets and dictionaries.
 
-`hold` copies the columns that a run reads and names them ``memory:DIGEST``, a source like any other
-(`fedlora.data.sources`). Nothing of them is written to disk but the tokenised shards that every run
-caches. Another process can open these, but not the rows.
+pandas reads every kind. Every value is text, and a missing one is the empty text. `hold` names a
+table of this process ``memory:DIGEST``, a source like any other (`fedlora.data.sources`): another
+process can open the tokenised records, but not the rows.
 """
 
+import csv
 import hashlib
 import hmac
+import importlib
 import json
-import math
 import secrets
 import sys
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
 from typing import Any, cast
 
-from fedlora.data.columns import Rows, as_text, check_columns, check_single
-from fedlora.data.text import folded
-from fedlora.errors import InputError
+from fedlora.data.text import alike, is_unicode
+from fedlora.errors import InputError, RecordError
 
 MEMORY = "memory:"
 """Begins the name of a source that this process holds."""
@@ -28,14 +31,223 @@ KINDS = (
     "a pandas.DataFrame, a datasets.Dataset, a dictionary of columns, or a dictionary with one of "
     "these for each institution"
 )
+DELIMITERS = ",;\t|"
 
 Table = Any
 """One of `KINDS`. Neither pandas nor datasets is imported here, so there is no narrower type."""
-
+Frame = Any
+"""A pandas.DataFrame."""
+Rows = dict[str, list[str]]
+"""Columns of equal length, every value text."""
 
 _held: dict[str, Rows] = {}
 _KEY = secrets.token_bytes(32)
 """Of this process: names of tables say nothing of their rows to others."""
+
+
+def read_file(path: Path, source: str) -> Frame:
+    """Read a file; names of columns lose the blanks around them.
+
+    Args:
+        path: A ``.csv`` file in UTF-8, with a header, whose delimiter is the one of `DELIMITERS`
+            that gives the header the most columns; a ``.jsonl`` or a ``.parquet`` file.
+        source: The file's name, for messages.
+
+    Raises:
+        InputError: If it cannot be read; the message quotes no record.
+    """
+    if path.suffix.lower() not in READERS:
+        raise InputError(
+            f"data source {source!r} ends in {path.suffix!r}; it must be {', '.join(READERS)}"
+        )
+    try:
+        table = READERS[path.suffix.lower()](path)
+    except UnicodeDecodeError:
+        raise InputError(
+            f"data source {source!r} cannot be read as UTF-8; convert it, as in: "
+            "iconv -f LATIN1 -t UTF-8 old.csv > new.csv"
+        ) from None
+    except (ValueError, OSError, NotImplementedError, RecursionError, Warning) as error:
+        raise InputError(
+            f"data source {source!r} cannot be read: {' '.join(str(error).split())[:200]}; mend "
+            "the file"
+        ) from None
+    table.columns = [str(name).strip() for name in table.columns]
+    return table
+
+
+def _read_csv(path: Path) -> Frame:
+    pandas = _pandas()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next((line for line in file if line.strip()), "")
+        delimiter = max(
+            DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign)))
+        )
+        file.seek(0)
+        names = next((row for row in csv.reader(file, delimiter=delimiter) if row), list[str]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a longer row would lose some
+        table = pandas.read_csv(
+            path,
+            sep=delimiter,
+            dtype=str,
+            keep_default_na=False,
+            index_col=False,
+            encoding="utf-8-sig",
+        )
+    table.columns = names  # pandas gives a name that is there twice another one
+    return table
+
+
+def _read_jsonl(path: Path) -> Frame:
+    with path.open(encoding="utf-8-sig") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is not an object")
+    return _pandas().DataFrame(rows, dtype=object)
+
+
+def _read_parquet(path: Path) -> Frame:
+    return _pandas().read_parquet(path, dtype_backend="pyarrow")
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+"""Ending of a file -> its reader."""
+
+
+def frame(table: Table, source: str) -> Frame:
+    """A table as a data frame; that of institutions gets the column `INSTITUTION`.
+
+    Raises:
+        InputError: For a table of another type, or columns of different lengths.
+    """
+    if by_institution(table):
+        parts = {str(name): part for name, part in table.items()}
+        if same := alike([str(name) for name in table]):
+            raise InputError(
+                f"{source} has the institutions {same}, whose names are the same but for case, "
+                "spaces or type; rename one, or give their rows together"
+            )
+        return stacked({name: frame(part, source) for name, part in parts.items()}, source)
+    pandas = _pandas()
+    if isinstance(table, pandas.DataFrame):
+        return table.set_axis([str(name) for name in table.columns], axis=1)
+    classes: dict[str, Any] = {}
+    if _is_a(table, "datasets", "Dataset"):
+        classes = {name: getattr(kind, "names", None) for name, kind in table.features.items()}
+        table = table.to_dict()
+    if not isinstance(table, Mapping):
+        raise InputError(f"{source} is a {type(table).__name__}; it must be {KINDS}")
+    columns = {str(name): list(v) for name, v in cast(Mapping[str, Any], table).items()}
+    for name in filter(classes.get, classes):  # -1 is no class
+        columns[name] = [None if v is None or v < 0 else classes[name][v] for v in columns[name]]
+    try:
+        return pandas.DataFrame(columns, dtype=object)
+    except ValueError:
+        lengths = {name: len(values) for name, values in columns.items()}
+        raise InputError(
+            f"{source} has columns of different lengths, {lengths}; make them equal"
+        ) from None
+
+
+def stacked(parts: Mapping[str, Frame], source: str) -> Frame:
+    """The rows of all institutions, in the columns that all of them have, and `INSTITUTION`.
+
+    Raises:
+        InputError: If there is no institution, or one has no row.
+    """
+    if not parts:
+        raise InputError(f"{source} is an empty dictionary; it must be {KINDS}")
+    if empty := [name for name, part in parts.items() if not len(part)]:
+        raise InputError(f"{empty[0]!r} of {source} has no row; leave it out, or give its rows")
+    named = [part.astype(object).assign(**{INSTITUTION: name}) for name, part in parts.items()]
+    return _pandas().concat(named, join="inner", ignore_index=True)
+
+
+def texts(table: Frame, wanted: Mapping[str, str], source: str) -> Rows:
+    """The wanted columns of a data frame, every value as text.
+
+    Args:
+        table: The data frame.
+        wanted: Column name -> its config key, for error messages.
+        source: What gave the table, for error messages.
+
+    Raises:
+        InputError: If a column is missing or there twice, or a value is no text, number or date.
+    """
+    check_columns(source, wanted, table.columns)
+    rows: Rows = {}
+    for name in wanted:
+        if list(table.columns).count(name) > 1:
+            raise InputError(f"{source} has two columns {name!r}; rename or remove one of them")
+        try:
+            values, missing = table[name].tolist(), table[name].isna().tolist()
+        except (ValueError, OverflowError) as error:  # dates that Python has not
+            raise InputError(
+                f"{source} cannot be read: column {name!r}: {str(error)[:100]}; mend the file"
+            ) from None
+        rows[name] = [
+            "" if gone else as_text(value, source, name)
+            for value, gone in zip(values, missing, strict=True)
+        ]
+    return rows
+
+
+def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
+    """Refuse a source without a wanted column.
+
+    Args:
+        source: The source, for messages.
+        wanted: Column name -> its config key.
+        present: The columns of the source.
+
+    Raises:
+        InputError: If the source has no column.
+        RecordError: For the first missing column. It quotes the columns, which without a header
+            are the values of the first record.
+    """
+    columns = list(dict.fromkeys(present))
+    if not columns:
+        raise InputError(f"data source {source!r} is empty; give one that has rows")
+    listed = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
+    for column, key in wanted.items():
+        if column not in columns:
+            raise RecordError(
+                f"{key} is {column!r}, but {source} has the columns {listed}; set {key} to one of "
+                "them" + (", as natural:COLUMN, or to iid" if key == "data.partition" else "")
+            )
+
+
+def as_text(value: Any, source: str, column: str) -> str:
+    """A value of a row as text; a missing one is the empty text.
+
+    Dates and times are written as ISO 8601 does; pandas' timestamps are dates too.
+
+    Raises:
+        InputError: If it is no text, number, date or truth value, or no Unicode.
+    """
+    if isinstance(value, str):
+        if not is_unicode(value):
+            raise InputError(
+                f"column {column!r} of {source} holds half of a surrogate pair, which is no "
+                "character; write the whole pair, or leave it out"
+            )
+        return value
+    pandas = _pandas()
+    if type(value).__name__ == "datetime64":
+        value = pandas.Timestamp(value)
+    elif getattr(value, "ndim", None) == 0:  # of numpy or torch
+        value = value.item()
+    if isinstance(value, bytes) or not pandas.api.types.is_scalar(value):
+        raise InputError(
+            f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text, "
+            "number or date a row: write it as text"
+        )
+    if pandas.isna(value):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value.isoformat() if isinstance(value, date) else str(value)
 
 
 @contextmanager
@@ -53,11 +265,12 @@ def hold(table: Table, wanted: Mapping[str, str], key: str) -> Generator[str]:
     Raises:
         InputError: For a table of another type, a missing column, or a value that is no text.
     """
-    rows = columns(table, wanted, key)
+    rows = texts(frame(table, key), wanted, key)
     if not any(rows.values()):
         raise InputError(f"{key} has no row; give one that has rows")
     # a plain digest would let whoever knows all rows but one try out the last
-    source = MEMORY + hmac.new(_KEY, _digest(rows).encode(), hashlib.sha256).hexdigest()
+    content = json.dumps(rows, sort_keys=True).encode()
+    source = MEMORY + hmac.new(_KEY, content, hashlib.sha256).hexdigest()
     _held[source] = rows
     try:
         yield source
@@ -65,61 +278,26 @@ def hold(table: Table, wanted: Mapping[str, str], key: str) -> Generator[str]:
         _held.pop(source, None)
 
 
-def read(source: str, wanted: Mapping[str, str]) -> Rows:
-    """The wanted columns of a source that `hold` has named; see `fedlora.data.sources.read`."""
+def held(source: str) -> Frame:
+    """The rows that `hold` has named. Raises `InputError` in another process, or after its end."""
     if source not in _held:
         raise InputError(
             f"data source {source[:20]}... was a table of another Python process, and its "
             "tokenised records are no longer cached; call fedlora.run again with data=..."
         )
-    rows = _held[source]
-    check_columns(source, wanted, rows)
-    return {column: rows[column] for column in wanted}
+    return _pandas().DataFrame(_held[source])
 
 
-def columns(table: Table, wanted: Mapping[str, str], source: str) -> Rows:
-    """The wanted columns of a table, every value as text.
-
-    Args:
-        table: One of `KINDS`.
-        wanted: Column name -> its config key, for error messages.
-        source: What gave the table, for error messages.
-
-    Raises:
-        InputError: For a table of another type, a missing column, or a value that is no text.
-    """
-    if by_institution(table):
-        return _joined(table, wanted, source)
-    names = _names(table, source)
-    check_columns(source, wanted, names)
-    check_single(source, wanted, names)
-    rows = {
-        name: [as_text(plain(value), source, name) for value in _values(table, name)]
-        for name in wanted
-    }
-    lengths = {name: len(column) for name, column in rows.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"{source} has columns of different lengths, {lengths}; make them equal")
-    return rows
-
-
-def digest(table: Table, source: str) -> str:
-    """SHA-256 (hex) of all columns of a table, whatever their values are."""
-    if by_institution(table):
-        parts = {str(name): digest(part, source) for name, part in table.items()}
-        return _digest(parts)
-    return _digest(
-        {
-            name: [f"{type(v).__name__} {v}" for v in map(plain, _values(table, name))]
-            for name in _names(table, source)
-        }
-    )
+def digest(table: Frame) -> str:
+    """SHA-256 (hex) of all columns of a data frame, whatever their values are."""
+    content = {name: [f"{type(v).__name__} {v}" for v in table[name]] for name in table.columns}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_table(thing: Any) -> bool:
-    """Whether a thing is a table of one holder, of the kinds that `columns` reads."""
-    frame = _is_a(thing, "pandas", "DataFrame") or _is_a(thing, "datasets", "Dataset")
-    return frame or isinstance(thing, Mapping)
+    """Whether a thing is a table of one holder, of the kinds that `frame` reads."""
+    known = _is_a(thing, "pandas", "DataFrame") or _is_a(thing, "datasets", "Dataset")
+    return known or isinstance(thing, Mapping)
 
 
 def by_institution(table: Table) -> bool:
@@ -134,74 +312,10 @@ def by_institution(table: Table) -> bool:
             'institutions; give one split, as in data=splits["train"], and the published test '
             'split as test_data=splits["test"]'
         )
-    return isinstance(table, Mapping) and not _is_column(
-        next(iter(cast(Mapping[str, Any], table).values()), None)
-    )
-
-
-def _names(table: Table, key: str) -> tuple[str, ...]:
-    """The names of a table's columns. Raises `InputError` for what is no table."""
-    if isinstance(table, Mapping):
-        return tuple(cast(Mapping[str, Any], table))
-    if _is_a(table, "pandas", "DataFrame"):
-        return tuple(map(str, table.columns))
-    if _is_a(table, "datasets", "Dataset"):
-        return tuple(table.column_names)
-    module, name = type(table).__module__.partition(".")[0], type(table).__qualname__
-    kind = name if module == "builtins" else f"{module} {name}"
-    hint = "; give its .to_pandas()" if hasattr(table, "to_pandas") else ""
-    raise InputError(f"{key} is a {kind}; it must be {KINDS}{hint}")
-
-
-def _values(table: Table, name: str) -> list[Any]:
-    """The values of one column, None where one is missing."""
-    if isinstance(table, Mapping):
-        return list(cast(Mapping[str, list[Any]], table)[name])
-    if _is_a(table, "pandas", "DataFrame"):
-        column = table.iloc[:, list(map(str, table.columns)).index(name)]
-        gone: list[bool] = column.isna().tolist()
-        return [None if g else v for v, g in zip(column.tolist(), gone, strict=True)]
-    values: list[Any] = list(table[name])
-    classes: list[str] | None = getattr(table.features[name], "names", None)
-    if classes is None:
-        return values
-    return [classes[v] if v is not None and v >= 0 else None for v in values]  # -1: no class
-
-
-def _joined(tables: Mapping[Any, Table], wanted: Mapping[str, str], source: str) -> Rows:
-    """The rows of all institutions, with the column `INSTITUTION`."""
-    if not tables:
-        raise InputError(f"{source} is an empty dictionary; it must be {KINDS}")
-    own = {name: key for name, key in wanted.items() if name != INSTITUTION}
-    rows: Rows = {name: [] for name in wanted}
-    names: dict[str, Any] = {}
-    for institution, table in tables.items():
-        other = names.setdefault(folded(str(institution)), institution)
-        if other is not institution:
-            raise InputError(
-                f"{source} has the institutions {other!r} and {institution!r}, whose names are "
-                "the same but for case, spaces or type; rename one, or give their rows together"
-            )
-        place = f"{source}[{institution!r}]"
-        if by_institution(table):
-            raise InputError(f"{place} is a dictionary of tables; it must be one table")
-        part = columns(table, own, place)
-        if not any(part.values()):
-            raise InputError(f"{place} has no row; leave this institution out, or give its rows")
-        add_institution(rows, str(institution), part)
-    return rows
-
-
-def add_institution(rows: Rows, institution: str, part: Rows) -> None:
-    """Append an institution's rows; the column `INSTITUTION`, where it is wanted, gets its name."""
-    length = max((len(values) for values in part.values()), default=0)
-    for name, values in rows.items():
-        values += [institution] * length if name == INSTITUTION else part[name]
-
-
-def _is_column(values: Any) -> bool:
-    """Whether a thing is a list, or has one dimension as a series of pandas or array of numpy."""
-    return isinstance(values, list | tuple) or getattr(values, "ndim", None) == 1
+    if not isinstance(table, Mapping):
+        return False
+    first = next(iter(cast(Mapping[str, Any], table).values()), None)
+    return not isinstance(first, list | tuple) and getattr(first, "ndim", None) != 1
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
@@ -210,17 +324,6 @@ def _is_a(thing: Any, module: str, name: str) -> bool:
     return loaded is not None and isinstance(thing, getattr(loaded, name))
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """A value without numpy's type; a missing one of pandas, or a number that is none, is None."""
-    if getattr(value, "ndim", None) == 0:
-        if str(getattr(value, "dtype", "")) in ("datetime64[ns]", "datetime64[ps]"):
-            value = value.astype("datetime64[us]")  # of finer ones numpy gives numbers
-        value = value.item()
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    pandas = sys.modules.get("pandas")
-    return None if pandas is not None and value is pandas.NA else value
+def _pandas() -> Any:
+    """Pandas, imported late: opening cached records and most commands need none."""
+    return importlib.import_module("pandas")

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 _CONTROL = re.compile(
@@ -57,6 +58,12 @@ def each_folded(values: Sequence[str]) -> list[str]:
     """Return the `folded` form of each value; equal ones are computed once."""
     known = {value: folded(value) for value in set(values)}
     return [known[value] for value in values]
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """The names of which another one is a spelling; see `folded`."""
+    often = Counter(map(folded, names))
+    return [name for name in names if often[folded(name)] > 1]
 
 
 def _invisible(char: str) -> bool:

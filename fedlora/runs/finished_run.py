@@ -39,8 +39,6 @@ READING = (
     "model.name",
     "data.text",
     "data.label",
-    "data.delimiter",
-    "data.encoding",
     "engine.gpus",
 )
 """Keys that may differ from the run's, because they do not change its model: the base must have the

@@ -136,14 +136,14 @@ def test_errors_leave_as_codes_and_their_text_stays(tiny_config, monkeypatch, er
 
 
 def test_the_log_names_the_keys_of_the_settings_where_the_records_are_at_fault(caplog):
-    said = "data.encoding is 'utf-8', and the row's unit is no privacy.unit in /data/data.text"
+    said = "data.label is 'utf-8', and the row's unit is no privacy.unit in /data/data.text"
     bank = Institution.__new__(Institution)
     for simulated in (False, True):
         object.__setattr__(bank, "name", "bank")
         object.__setattr__(bank, "simulated", simulated)
         app._refusal(InputError(said), bank)
     ours, simulation = (record.getMessage() for record in caplog.records)
-    assert ours.endswith(": encoding is 'utf-8', and the row's unit is no unit in /data/data.text")
+    assert ours.endswith(": label is 'utf-8', and the row's unit is no unit in /data/data.text")
     assert simulation.endswith(said)
 
 

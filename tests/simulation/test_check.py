@@ -10,8 +10,6 @@ from simulation import check
 from tests.messy import LARGE, TINY, WORDS, messy_rows, write_messy
 
 MESSY = {
-    "data.delimiter": ";",
-    "data.encoding": "latin-1",
     "data.text": "narrative",
     "data.label": "kind",
     "data.partition": "natural:bank",
