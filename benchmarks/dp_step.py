@@ -96,10 +96,8 @@ def mechanism(size_class: int, sample_rate: float = 1.0, steps: int = 1) -> Any:
         sample_rate=sample_rate,
         size_class=size_class,
         max_grad_norm=1.0,
-        clipping="flat",
         steps_per_round=steps,
         rounds=1,
-        accountant="prv",
     )
 
 

@@ -156,16 +156,15 @@ class Measured:
 @contextlib.contextmanager
 def passes(kind: str) -> Generator[None]:
     """Private steps with packed or padded passes, whatever fedlora would choose."""
-    from client import gradients, private_training
+    from client import private_training
 
-    chosen: Any = getattr(gradients, f"{kind}_gradients")
     module: Any = private_training
-    before = module.packed_gradients, module.padded_gradients
-    module.packed_gradients = module.padded_gradients = chosen
+    before = module.packs
+    module.packs = lambda _: kind == "packed"
     try:
         yield
     finally:
-        module.packed_gradients, module.padded_gradients = before
+        module.packs = before
 
 
 def measure(case: Case, measured: Measured) -> None:
@@ -249,22 +248,22 @@ def exactness(work: Any, shard: Any, kind: str) -> dict[str, Any]:
     from client import gradients, training
     from client.passes import padded_losses
 
-    make, named = getattr(gradients, f"{kind}_gradients"), work.parameters()
+    named = work.parameters()
+    sizes = [p.numel() for p in named.values()]
     few = min(4, len(shard))
 
     def together(rows: np.ndarray) -> dict[int, list[torch.Tensor]]:
         batch = gradients.SampledUnits(
             shard=shard,
             units=[np.array([row]) for row in rows],
-            owner=[0] * len(rows),
             physical_batch=len(shard),
             dropout=[],
-            values=[],
         )
+        make = functools.partial(gradients.unit_gradients, packed=kind == "packed")
         return {
-            int(rows[unit]): [gradient[place].clone() for gradient in found]
+            int(rows[unit]): list(gradient.clone().split(sizes))
             for group, found in make(work, named, batch)
-            for place, unit in enumerate(group)
+            for unit, gradient in zip(group, found, strict=True)
         }
 
     with training.training_steps(work, private=True):
@@ -276,6 +275,7 @@ def exactness(work: Any, shard: Any, kind: str) -> dict[str, Any]:
             padded_losses(work, shard, np.array([row]), [].__getitem__).sum().backward()
             for parameter, found in zip(named.values(), every[row], strict=True):
                 true = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                true = true.flatten()
                 scale = float(true.abs().max()) or 1.0
                 largest = max(largest, float(true.abs().max()))
                 worst = max(worst, float((found - true).abs().max()) / scale)

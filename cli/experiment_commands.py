@@ -129,9 +129,6 @@ def plan(
     delta: Annotated[
         float | None, typer.Option(help="The delta; by default that of a run.")
     ] = None,
-    accountant: Annotated[
-        Literal["prv", "rdp"] | None, typer.Option(help="Opacus accountant; by default prv.")
-    ] = None,
     institutions: Annotated[
         int | None, typer.Option(help="Secure aggregation: the institutions of the run.")
     ] = None,
@@ -167,7 +164,6 @@ def plan(
         "--epsilon": epsilon,
         "--noise-multiplier": noise_multiplier,
         "--delta": delta,
-        "--accountant": accountant,
         "--institutions": institutions,
         "--honest": honest,
         "--colluding": colluding,
@@ -197,7 +193,6 @@ def plan(
         epsilon=epsilon,
         noise_multiplier=noise_multiplier,
         delta=delta,
-        accountant=accountant or "prv",
         trust=planning.trust_of(institutions, honest, colluding),
     )
     if table:

@@ -271,8 +271,6 @@ KEYS: Mapping[str, Own | Unused | Taken] = {
     # Below 1 / units of the size class (`plan_run`), at most max-delta (`checks.check_limits`).
     "privacy.delta": Taken(),
     "privacy.max-grad-norm": Taken(),
-    "privacy.clipping": Taken(),
-    "privacy.accountant": Taken(),
     "privacy.unit": Taken(
         (
             Limit(

@@ -1,33 +1,32 @@
 """DP-SGD around per-example gradients: Poisson sampling; clipping and noise, each checked.
 
-Opacus supplies the optimizer's order of events (`DPOptimizer`), the sampler's contract and the
-accountants. This module draws noise and samples from keyed `RandomSource`s, one for each purpose,
-clips in place and checks every step. A failed check ends the training with a `Refusal`; nothing is
-released.
+Noise and samples come from keyed `RandomSource`s, one for each purpose. A failed check ends the
+training with a `Refusal`; nothing is released.
 
-Reference: Abadi et al. (2016), arXiv 1607.00133; automatic clipping: Bu et al. (2023),
-arXiv 2206.07136.
+Reference: Abadi et al. (2016), arXiv 1607.00133.
 """
 
-# torch and Opacus type some of their functions in part only
+# torch types some of its functions in part only
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# pyright: reportUnknownArgumentType=false
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
+from fedlora.arrays import Int64
 from fedlora.errors import Refusal
 from fedlora.privacy.noise_grid import on_grid
 from fedlora.privacy.streams import RandomSource
 
-CLIPPING_MARGIN = 1 - 4e-7
+SLACK = 2.0**-11
+"""Gradients are clipped to C / (1 + SLACK), so that one unit moves a computed sum by at most C.
+What floats add to C is below 2^-12 for up to `noise_shares.MAX_BATCH` expected units in a batch;
+docs/privacy-accounting.md has the proof."""
+
+_MARGIN = 1 - 4e-7
 """Gradients are scaled to this share of the bound, so that rounding (two float32 products, 1.2e-7)
 never takes one above it."""
 
@@ -37,14 +36,11 @@ MAX_NOISE_SIGMAS = 7.0
 MAX_FINITE_NORM = 1e12
 """A gradient with a larger norm counts as not finite: scaling it would lose float32 precision."""
 
-AUTOMATIC_GAMMA = 0.01
-"""Stabiliser of automatic clipping, as in Bu et al."""
 
-
-class PoissonSampler(UniformWithReplacementSampler):
-    """Opacus' Poisson sampler, drawing from a `RandomSource`.
-
-    Each unit is in each batch with probability ``sample_rate``.
+def poisson_batches(
+    *, units: int, sample_rate: float, steps: int, source: RandomSource
+) -> Generator[Int64]:
+    """Batches in which each unit is with probability ``sample_rate``, independently.
 
     Args:
         units: Number of units.
@@ -52,85 +48,60 @@ class PoissonSampler(UniformWithReplacementSampler):
         steps: Batches to draw.
         source: The random source of the draws.
     """
-
-    def __init__(self, *, units: int, sample_rate: float, steps: int, source: RandomSource) -> None:
-        super().__init__(num_samples=units, sample_rate=sample_rate, steps=steps)
-        self._source = source
-
-    def __iter__(self) -> Generator[list[int]]:
-        for _ in range(self.steps):
-            yield np.flatnonzero(self._source.uniform(self.num_samples) < self.sample_rate).tolist()
+    for _ in range(steps):
+        yield np.flatnonzero(source.uniform(units) < sample_rate)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clipping:
-    """Clipping of a unit's gradient to norm C; both kinds have sensitivity C.
+def clip(gradients: torch.Tensor, max_grad_norm: float) -> None:
+    """Clip each unit's gradient to norm C / (1 + `SLACK`), in place.
+
+    A gradient that is not finite, by `MAX_FINITE_NORM`, becomes zero, so that no abort reveals
+    anything about a record.
 
     Args:
+        gradients: float32 ``(units, numbers)``.
         max_grad_norm: C.
-        kind: ``flat`` scales a gradient to norm C when its norm is larger. ``automatic`` multiplies
-            every gradient by C / (norm + `AUTOMATIC_GAMMA`): its norm is below C, and near C only
-            where it was far above gamma.
+
+    Raises:
+        Refusal: ``guard-not-clipped`` if a norm is above the bound afterwards.
     """
-
-    max_grad_norm: float
-    kind: str
-
-    def clip(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Clip in place. A unit's gradient that is not finite, by `MAX_FINITE_NORM`, becomes zero.
-
-        Args:
-            gradients: ``(units, *shape)`` of each parameter; a unit's norm is over all of them.
-
-        Raises:
-            Refusal: ``guard-not-clipped`` if a norm is above C afterwards.
-        """
-        if not len(gradients[0]):
-            return
-        norms = _norms(gradients)
-        bad = ~(norms <= MAX_FINITE_NORM)  # also nan and inf
-        if bad.any():
-            for g in gradients:
-                g[bad] = 0.0
-            norms = norms.masked_fill(bad, 0.0)
-        factors = self.factors(norms)
-        for g in gradients:
-            g.mul_(factors.to(g.device, g.dtype).view(-1, *[1] * (g.dim() - 1)))
-        norms = _norms(gradients)
-        if not bool((norms <= self.max_grad_norm).all()):
-            raise Refusal(
-                "guard-not-clipped",
-                f"after clipping a gradient has norm {float(norms.max()):.6g}; "
-                f"the bound is {self.max_grad_norm:g}",
-            )
-
-    def factors(self, norms: torch.Tensor) -> torch.Tensor:
-        """Scale of each unit's gradient. ``norms`` (units,) float64, finite."""
-        if self.kind == "automatic":
-            return self.max_grad_norm * CLIPPING_MARGIN / (norms + AUTOMATIC_GAMMA)
-        return (self.max_grad_norm * CLIPPING_MARGIN / (norms + 1e-6)).clamp(max=1.0)
+    if not len(gradients):
+        return
+    bound = max_grad_norm / (1 + SLACK)
+    norms = _norms(gradients)
+    bad = ~(norms <= MAX_FINITE_NORM)  # also nan and inf
+    if bad.any():
+        gradients[bad] = 0.0
+        norms = norms.masked_fill(bad, 0.0)
+    gradients.mul_(clip_factors(norms, bound).to(gradients.dtype)[:, None])
+    norms = _norms(gradients)
+    if not bool((norms <= bound).all()):
+        raise Refusal(
+            "guard-not-clipped",
+            f"after clipping a gradient has norm {float(norms.max()):.6g}; the bound is {bound:g}",
+        )
 
 
-class PrivateOptimizer(DPOptimizer):
-    r"""`DPOptimizer` with keyed noise and a check on every step.
+def clip_factors(norms: torch.Tensor, bound: float) -> torch.Tensor:
+    """Scale of each unit's gradient. ``norms`` ``(units,)`` float64, finite."""
+    return (bound * _MARGIN / (norms + 1e-6)).clamp(max=1.0)
 
-    ``p.summed_grad`` holds the sum of gradients that `Clipping.clip` has clipped and checked, and
-    ``p.grad_sample`` no unit (`client.private_training`); units that are there are clipped and
-    added first.
+
+class PrivateOptimizer:
+    r"""An optimizer whose gradient is a sum of clipped gradients with keyed noise, checked.
 
     Guarantee: the gradient handed to the wrapped optimizer is
-    :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where each
-    unit's clipped gradient has norm at most C (checked), and the noise has the planned deviation
-    (checked). A unit whose gradient is not finite contributes zero, so that no abort reveals
-    anything about a record. L is a public constant.
+    :math:`\frac{1}{L}(\sum_u \mathrm{clip}(g_u) + \mathcal N(0, \sigma^2 C^2 I))`, where the noise
+    has the planned deviation (checked). L is a public constant.
 
     Args:
         optimizer: Over exactly the parameters that are trained.
-        names: Parameter -> name, for errors.
+        named: Name -> parameter, in the order of a sum's numbers.
         noise_multiplier: :math:`\sigma > 0`.
-        clipping: C and the kind of clipping.
+        max_grad_norm: C, of `clip`.
         expected_batch_size: L, public; the noisy sum is divided by it.
         source: The random source of the noise.
+        after_noise: Called when the gradients are noised, before the optimizer's step.
 
     Raises:
         Refusal: ``guard-no-noise`` if the noise multiplier is not a finite number above 0.
@@ -140,63 +111,49 @@ class PrivateOptimizer(DPOptimizer):
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        names: Mapping[torch.nn.Parameter, str],
+        named: Mapping[str, torch.nn.Parameter],
         noise_multiplier: float,
-        clipping: Clipping,
+        max_grad_norm: float,
         expected_batch_size: float,
         source: RandomSource,
+        after_noise: Callable[[], None] = lambda: None,
     ) -> None:
         if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
             raise Refusal(
                 "guard-no-noise", f"noise multiplier is {noise_multiplier}; DP needs one above 0"
             )
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clipping.max_grad_norm,
-            expected_batch_size=expected_batch_size,  # pyright: ignore[reportArgumentType]
-        )
-        self._names = names
-        self._clipping = clipping
-        self._source = source
-
-    def clip_and_accumulate(self) -> None:
-        """Clip ``p.grad_sample`` (units, *shape) in place and add its sum to ``p.summed_grad``."""
-        params: list[Any] = self.params
-        self._clipping.clip([p.grad_sample for p in params])
-        for p in params:
-            total = p.grad_sample.sum(0, dtype=torch.float64)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
-
-    def add_noise(self) -> None:
-        """``p.grad`` = ``p.summed_grad`` + noise, added in float64 and rounded to one grid."""
-        deviation = self.noise_multiplier * self.max_grad_norm
-        params: list[Any] = self.params
-        noise = self._draw(sum(p.numel() for p in params)) * deviation
-        check_noise(noise, deviation)
-        start = 0
-        for p in params:
-            part = torch.from_numpy(noise[start : start + p.numel()]).view(p.shape).to(p.device)
-            p.grad = on_grid(p.summed_grad.double() + part, deviation).to(p.dtype)
-            start += p.numel()
+        self._optimizer, self._named, self._source = optimizer, named, source
+        self._deviation = noise_multiplier * max_grad_norm
+        self._expected, self._after_noise = expected_batch_size, after_noise
 
     def _draw(self, count: int) -> np.ndarray:
         return self._source.normal(count)
 
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One Opacus step, then a check that each parameter changed.
+    def step(self, total: torch.Tensor) -> None:
+        """Add noise to a sum of clipped gradients, take a step, check that each parameter changed.
+
+        Noise is added in float64 and the result rounded to one grid.
+
+        Args:
+            total: float64 ``(numbers,)``.
 
         Raises:
             Refusal: When a guard trips (``guard-*``). Nothing of the model must be released then.
         """
-        for p in self.params:
-            if getattr(p, "grad_sample", None) is None:
-                raise Refusal("guard-no-gradient", f"{self._names[p]} has no per-example gradient")
-        before = [p.detach().clone() for p in self.params]
-        super().step()
-        for p, old in zip(self.params, before, strict=True):
+        noise = self._draw(len(total)) * self._deviation
+        check_noise(noise, self._deviation)
+        noised = on_grid(total + torch.from_numpy(noise).to(total.device), self._deviation)
+        mean = noised / self._expected
+        before = [p.detach().clone() for p in self._named.values()]
+        parts = mean.split([p.numel() for p in self._named.values()])
+        for p, part in zip(self._named.values(), parts, strict=True):
+            p.grad = part.view(p.shape).to(p.dtype)
+        self._after_noise()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for (name, p), old in zip(self._named.items(), before, strict=True):
             if torch.equal(p.detach(), old):
-                raise Refusal("guard-no-step", f"the step left {self._names[p]} unchanged")
+                raise Refusal("guard-no-step", f"the step left {name} unchanged")
 
 
 def check_noise(noise: np.ndarray, deviation: float) -> None:
@@ -223,10 +180,6 @@ def check_noise(noise: np.ndarray, deviation: float) -> None:
         )
 
 
-def _norms(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(units,) norms over all parameters, accumulated in float64: nothing overflows or vanishes."""
-    norms = [
-        torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1, dtype=torch.float64)
-        for g in gradients
-    ]
-    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum(0).sqrt()
+def _norms(gradients: torch.Tensor) -> torch.Tensor:
+    """``(units,)`` norms, accumulated in float64: nothing overflows or vanishes."""
+    return torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)

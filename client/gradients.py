@@ -1,18 +1,23 @@
 """Gradients of the units in a step's batch, each as if it had been computed alone.
 
+A unit's gradient is the same to the last bit whatever other units are in the batch: all passes have
+one shape, and a unit's rows are added in an order that depends on the unit alone. A server could
+otherwise send an adapter that amplifies rounding, until one unit moves the gradients of all others.
+
 Packed rows serve models and devices that allow them; padded passes serve all others.
 """
 
-# torch and Opacus type some of their functions in part only
-# pyright: reportUnknownMemberType=false
+# torch types some of its functions in part only
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from client.passes import fill_passes, packed_losses, packed_tokens, padded_losses
+from fedlora.arrays import Int64
 from fedlora.data.shards import Shard
 from fedlora.models.trainable import Trainable
 from fedlora.privacy.streams import RandomSource
@@ -25,170 +30,127 @@ class SampledUnits:
     Args:
         shard: The rows of all units, participant after participant, sorted within each.
         units: Rows of each unit.
-        owner: The number of each unit's participant.
         physical_batch: Rows of a pass, at most.
         dropout: The random source of each row's dropout masks; empty without dropout.
-        values: Each parameter's values, ``(participants, *shape)``; empty: all participants have
-            the model's values.
     """
 
     shard: Shard
-    units: list[np.ndarray]
-    owner: list[int]
+    units: list[Int64]
     physical_batch: int
     dropout: list[RandomSource]
-    values: list[torch.Tensor]
-
-    def values_of(self, units: Sequence[int]) -> list[torch.Tensor] | None:
-        """Each parameter's values for units, ``(units, *shape)``; None: the model's values."""
-        owners = [self.owner[unit] for unit in units]
-        return [value[owners] for value in self.values] or None
 
 
-def packed_gradients(
-    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: SampledUnits
-) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-    """Each unit's summed gradient, from packed rows of one size.
+def packs(trainable: Trainable) -> bool:
+    """Whether private passes are packed rows.
 
-    A unit's gradient is the same to the last bit whatever other units there are: all packed rows
-    have equally many tokens, and a unit's rows are added one after the other in their order.
-
-    Yields:
-        Some units, all of them before later ones, and for each parameter their gradients,
-        float32 ``(units, *shape)``.
+    On a GPU, and with several threads, kernels may depend on how many examples have one width.
     """
-    shard, units, slots = batch.shard, batch.units, batch.physical_batch
-    rows = np.concatenate([np.empty(0, np.int64), *units])
-    of_row = np.repeat(np.arange(len(units)), [len(each) for each in units])
-    total = packed_tokens(trainable, slots)
-    widths = trainable.task.widths(shard)
-    single = len(rows) == len(units)
-    begun: list[torch.Tensor] = []  # sums of a unit whose last rows are in a later pass
-    for part in fill_passes(shard.lengths[rows], total, slots):
-        order = part[np.argsort(widths[rows[part]], kind="stable")]
-        own = batch.values_of(of_row[order].tolist())
-        filled = None if own is None else dict(zip(named, own, strict=True))
-        with trainable.per_sample.expanded(len(part), None, filled):
-            dropout = batch.dropout.__getitem__
-            with packed_losses(trainable, shard, rows[order], dropout, total, slots) as losses:
-                losses.sum().backward()
-            collected = trainable.per_sample.collect()
-        row_gradients = [collected[p] for p in named.values()]
-        if single:
-            yield of_row[order].tolist(), row_gradients
-            continue
-        first, last = int(of_row[part[0]]), int(of_row[part[-1]])
-        found = [g.new_zeros((last - first + 1, *g.shape[1:])) for g in row_gradients]
-        for sums, before in zip(found, begun, strict=bool(begun)):
-            sums[0] = before
-        for place in np.argsort(order):
-            for sums, gradients in zip(found, row_gradients, strict=True):
-                sums[of_row[order[place]] - first].add_(gradients[place])
-        whole = part[-1] == len(rows) - 1 or of_row[part[-1] + 1] != last
-        begun = [] if whole else [sums[-1] for sums in found]
-        if finished := list(range(first, last + whole)):
-            yield finished, [sums[: len(finished)] for sums in found]
+    one = trainable.base.model.device.type == "cpu" and torch.get_num_threads() == 1
+    return one and trainable.first_position is not None
 
 
-def padded_gradients(
-    trainable: Trainable, named: dict[str, torch.nn.Parameter], batch: SampledUnits
-) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-    """Each unit's summed gradient, from padded passes.
+def unit_gradients(
+    trainable: Trainable,
+    named: Mapping[str, torch.nn.Parameter],
+    batch: SampledUnits,
+    *,
+    packed: bool,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Each unit's summed gradient.
 
-    A unit's gradient is the same to the last bit whatever other units there are: all passes have
-    ``physical_batch`` rows of one shape, and the order of a unit's rows depends on the unit alone.
-    Memory holds one pass and the gradients of up to ``physical_batch`` units.
+    Args:
+        trainable: The model, in training mode.
+        named: Its trained parameters.
+        batch: The units.
+        packed: Whether to use packed rows, see `packs`.
 
     Yields:
-        Some units, and for each parameter their gradients, float32 ``(units, *shape)``.
+        Some units, and their gradients over all parameters in turn, float32 ``(units, numbers)``.
+    """
+    rows = np.concatenate([np.empty(0, np.int64), *batch.units])
+    of_row = np.repeat(np.arange(len(batch.units)), [len(each) for each in batch.units])
+    left = np.bincount(of_row, minlength=len(batch.units))
+    begun: dict[int, torch.Tensor] = {}  # sums of units that have rows in later passes
+    found = (_packed if packed else _padded)(trainable, named, batch, rows, of_row)
+    for part, gradients in found:
+        if len(rows) == len(batch.units):
+            yield of_row[part].tolist(), gradients
+            continue
+        for place in np.argsort(part):  # in the order of the unit's rows
+            unit = int(of_row[part[place]])
+            sums = begun.setdefault(unit, torch.zeros_like(gradients[place]))
+            sums.add_(gradients[place])
+            left[unit] -= 1
+        if whole := [unit for unit in begun if not left[unit]]:
+            yield whole, torch.stack([begun.pop(unit) for unit in whole])
+
+
+def _packed(
+    trainable: Trainable,
+    named: Mapping[str, torch.nn.Parameter],
+    batch: SampledUnits,
+    rows: Int64,
+    of_row: Int64,
+) -> Iterator[tuple[Int64, torch.Tensor]]:
+    """Passes of packed rows of one size, in the order of the rows.
+
+    Yields:
+        Numbers of rows ``(n,)``, and their gradients ``(n, numbers)``.
+    """
+    shard, slots = batch.shard, batch.physical_batch
+    total, widths = packed_tokens(trainable, slots), trainable.task.widths(shard)
+    for part in fill_passes(shard.lengths[rows], total, slots):
+        part = part[np.argsort(widths[rows[part]], kind="stable")]
+        dropout = batch.dropout.__getitem__
+        with (
+            trainable.per_sample.expanded(len(part)),
+            packed_losses(trainable, shard, rows[part], dropout, total, slots) as losses,
+        ):
+            losses.sum().backward()
+            collected = trainable.per_sample.collect()
+        yield part, torch.cat([collected[p].flatten(1) for p in named.values()], 1)
+
+
+def _padded(
+    trainable: Trainable,
+    named: Mapping[str, torch.nn.Parameter],
+    batch: SampledUnits,
+    rows: Int64,
+    of_row: Int64,
+) -> Iterator[tuple[Int64, torch.Tensor]]:
+    """As `_packed`, in padded passes of exactly ``physical_batch`` rows of one shape.
+
+    A pass that is not full repeats its rows. Memory holds the sums of up to ``physical_batch``
+    units with several rows.
     """
     slots = batch.physical_batch
-    shapes = trainable.task.shapes(batch.shard)
-    for group in _groups(batch.units, shapes, slots):
-        values = batch.values_of(group)
-        one_each = np.arange(len(group))
-        sums: list[torch.Tensor] | None = None
-        for rows, unit_of_row, width in _passes([batch.units[i] for i in group], shapes, slots):
-            # Row i is of unit i, or an index gives each row's unit. Rows that only fill the pass
-            # belong to one unit after the last.
-            plain = np.array_equal(unit_of_row[unit_of_row < len(group)], one_each)
-            index = None if plain else torch.from_numpy(unit_of_row)
-            count = slots if plain else len(group) + 1
-            filled = None
-            if values is not None:  # filling rows take the first unit's values
-                place = torch.arange(count)
-                place[len(group) :] = 0
-                filled = {n: value[place] for n, value in zip(named, values, strict=True)}
-            with trainable.per_sample.expanded(count, index, filled):
-                dropout = batch.dropout.__getitem__
-                padded_losses(trainable, batch.shard, rows, dropout, width).sum().backward()
-                collected = trainable.per_sample.collect()
-            gradients = [collected[p][: len(group)] for p in named.values()]
-            if sums is None:
-                sums = gradients
-            else:
-                sums = [a.add_(b) for a, b in zip(sums, gradients, strict=True)]
-        assert sums is not None, "a group has at least one unit with at least one row"
-        yield group, sums
+    for part, width in padded_passes(trainable.task.shapes(batch.shard)[rows], of_row, slots):
+        with trainable.per_sample.expanded(slots):
+            filled, dropout = rows[np.resize(part, slots)], batch.dropout.__getitem__
+            padded_losses(trainable, batch.shard, filled, dropout, width).sum().backward()
+            collected = trainable.per_sample.collect()
+        flat = torch.cat([collected[p][: len(part)].flatten(1) for p in named.values()], 1)
+        yield part, flat
 
 
-def _groups(
-    units: Sequence[np.ndarray], shapes: np.ndarray, physical_batch: int
-) -> Iterator[list[int]]:
-    """Numbers of up to ``physical_batch`` units whose gradients are in memory together.
+def padded_passes(
+    shapes: np.ndarray, of_row: Int64, physical_batch: int
+) -> Iterator[tuple[Int64, int]]:
+    """Split rows into passes of one shape, of ``physical_batch`` units at a time.
 
-    Units of one record each are grouped by its shape, so that a group is one pass.
-    """
-    single = all(len(rows) == 1 for rows in units)
-    first = [int(rows[0]) for rows in units]
-    group: list[int] = []
-    for unit in sorted(range(len(units)), key=lambda u: (*shapes[first[u]], first[u])):
-        other = single and group and tuple(shapes[first[unit]]) != tuple(shapes[first[group[0]]])
-        if len(group) == physical_batch or other:
-            yield group
-            group = []
-        group.append(unit)
-    if group:
-        yield group
-
-
-def _passes(
-    group: Sequence[np.ndarray], shapes: np.ndarray, physical_batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Passes of exactly ``physical_batch`` rows of one shape through the model.
-
-    A unit's rows of one shape share a pass as far as they fit, so the order of their sum follows
-    from the unit alone. A pass that is not full repeats its rows.
+    Args:
+        shapes: The shape of each row ``(rows, k)``, its padded width first.
+        of_row: The unit of each row ``(rows,)``, ascending.
+        physical_batch: Rows of a pass, at most.
 
     Yields:
-        Rows of the shard (physical_batch,), the unit of each (``len(group)`` for a row that only
-        fills the pass), and the width to pad to.
+        Numbers of rows ``(n,)``, ascending, and the width to pad to.
     """
-    blocks: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-    for unit, rows in enumerate(group):
-        for shape in sorted({tuple(map(int, shapes[row])) for row in rows}):
-            same = rows[(shapes[rows] == shape).all(1)]
-            for start in range(0, len(same), physical_batch):
-                block = (unit, same[start : start + physical_batch])
-                blocks.setdefault(shape, []).append(block)
-    for shape in sorted(blocks):
-        for held in _fitting(blocks[shape], physical_batch):
-            rows = np.concatenate([part for _, part in held])
-            units = np.repeat([unit for unit, _ in held], [len(part) for _, part in held])
-            filler = np.full(physical_batch - len(rows), len(group))
-            yield np.resize(rows, physical_batch), np.concatenate([units, filler]), shape[0]
-
-
-def _fitting(
-    blocks: Sequence[tuple[int, np.ndarray]], physical_batch: int
-) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Group blocks into lists of at most ``physical_batch`` rows; no block is split."""
-    held: list[tuple[int, np.ndarray]] = []
-    count = 0
-    for block in blocks:
-        if count + len(block[1]) > physical_batch:
-            yield held
-            held, count = [], 0
-        held.append(block)
-        count += len(block[1])
-    yield held
+    single = len(of_row) == len(np.unique(of_row))
+    group = np.zeros_like(of_row) if single else of_row // physical_batch
+    order = np.lexsort((*shapes.T[::-1], group))
+    keys = np.column_stack([group, shapes])[order]
+    for same in np.split(order, np.flatnonzero((keys[1:] != keys[:-1]).any(1)) + 1):
+        for start in range(0, len(same), physical_batch):
+            part = same[start : start + physical_batch]
+            yield part, int(shapes[part[0], 0])

@@ -345,7 +345,6 @@ class Institution:
                     path,
                     max_epsilon=privacy.max_epsilon or privacy.epsilon,
                     delta=delta_of(privacy, shard.num_units),
-                    accountant=privacy.accountant,
                 )
             except InputError:
                 if not path.exists():  # otherwise another run made it meanwhile

@@ -167,15 +167,13 @@ class PrivateRound:
         events = ledger.history(self.order.run)
         return PrivacySpent(
             unit=self.config.privacy.unit,
-            epsilon=composition.epsilon(events, plan.delta, plan.accountant),
+            epsilon=composition.epsilon(events, plan.delta),
             delta=plan.delta,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,
             steps=ledger.steps_of(self.order.run),
-            accountant=plan.accountant,
             noise=self.config.privacy.noise,
             max_grad_norm=plan.max_grad_norm,
-            clipping=plan.clipping,
             ledger_epsilon=ledger.spent(),
             ledger_epsilon_alone=ledger.spent_alone(),
             ledger_delta=ledger.delta,
@@ -184,7 +182,7 @@ class PrivateRound:
 
 
 def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
-    """Train charged rounds that follow equal orders, in shared passes where the model allows it.
+    """Train charged rounds that follow equal orders, in shared passes if they have one step.
 
     Args:
         rounds: At least one.
@@ -197,7 +195,7 @@ def train_rounds(rounds: Sequence[PrivateRound]) -> list[Trained]:
     """
     order, config = rounds[0].order, rounds[0].config
     work, plan = trainable.load(config, records.load(config).labels), LocalPlan.of(config)
-    if len(rounds) > 1 and not private_training.can_share(work, plan.steps):
+    if len(rounds) > 1 and plan.steps > 1:
         return [trained for one in rounds for trained in train_rounds([one])]
     work.train_only((*order.parts, *order.kept))
     order.adapter.load_into(work.model)

@@ -251,7 +251,6 @@ def _example_run(institutions: int) -> bytes:
         "federation.rounds": 30,
         "federation.server-optimizer": "adam",
         "federation.server-learning-rate": 0.01,
-        "privacy.accountant": "rdp",
         "privacy.delta": 1e-6,  # the ledgers' own, at which institutions' limits hold
     }
     return from_flat(values).to_toml().encode()

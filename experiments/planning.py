@@ -101,7 +101,6 @@ def plan(
     epsilon: float | None,
     noise_multiplier: float | None,
     delta: float | None,
-    accountant: str,
     trust: Trust | None,
 ) -> dict[str, Any]:
     """Solve for ``epsilon`` or ``noise_multiplier``, the one that is None.
@@ -116,7 +115,6 @@ def plan(
         epsilon: The budget.
         noise_multiplier: The noise; under secure aggregation that of the sum.
         delta: Its delta; None for the default of a run.
-        accountant: ``prv`` or ``rdp``.
         trust: Secure aggregation; None where the institution adds all noise.
 
     Raises:
@@ -138,12 +136,11 @@ def plan(
             delta=delta,
             sample_rate=sample_rate,
             steps=steps,
-            accountant=accountant,
             shares=shares,
         )
     sigma = noise_multiplier or 0.0
     event = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
-    spent = composition.epsilon((event,), delta, accountant)
+    spent = composition.epsilon((event,), delta)
     return {
         "noise_multiplier": sigma,
         "epsilon": spent,
@@ -152,12 +149,11 @@ def plan(
         "size_class": accounting.public_size(records),
         "sample_rate": sample_rate,
         "steps": steps,
-        "accountant": accountant,
-        **({} if trust is None else _shared(trust, event, delta, accountant)),
+        **({} if trust is None else _shared(trust, event, delta)),
     }
 
 
-def _shared(trust: Trust, event: Event, delta: float, accountant: str) -> dict[str, Any]:
+def _shared(trust: Trust, event: Event, delta: float) -> dict[str, Any]:
     """The figures of a plan that secure aggregation adds."""
     return {
         "honest": trust.honest,
@@ -167,7 +163,7 @@ def _shared(trust: Trust, event: Event, delta: float, accountant: str) -> dict[s
             trust.institutions, trust.honest, trust.colluding
         ),
         "share_noise_multiplier": event.alone().noise_multiplier,
-        "epsilon_alone": finite(accounting.epsilon_alone((event,), delta, accountant)),
+        "epsilon_alone": finite(accounting.epsilon_alone((event,), delta)),
     }
 
 
@@ -177,7 +173,7 @@ def table(result: dict[str, Any]) -> list[dict[str, float]]:
     def at(sigma: float, steps: int) -> dict[str, float]:
         rate, shares = result["sample_rate"], result.get("honest", 0)
         event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
-        spent = composition.epsilon((event,), result["delta"], result["accountant"])
+        spent = composition.epsilon((event,), result["delta"])
         return {"noise_multiplier": sigma, "steps": steps, "epsilon": spent}
 
     sigma, steps = result["noise_multiplier"], result["steps"]
@@ -193,7 +189,7 @@ def show(result: dict[str, Any], console: Terminal) -> None:
         f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "
         f"{at_most(result['epsilon'], 5)} at delta {result['delta']:g}: {result['steps']} steps "
         f"at sample rate {result['sample_rate']:.5f}, {result['records']} records (size class "
-        f"{result['size_class']}), {result['accountant'].upper()} accountant"
+        f"{result['size_class']})"
     )
     if "honest" in result:
         alone = result["epsilon_alone"]

@@ -166,7 +166,7 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             "a few cases (above). These are rare, but not as rare as delta.",
         ]
     shared = "secure_aggregation" in privacy
-    heads = ["institution", "unit", "epsilon", "delta", "accountant", "noise", "noise multiplier"]
+    heads = ["institution", "unit", "epsilon", "delta", "noise", "noise multiplier"]
     heads += ["sample rate", "steps", *(["epsilon if all others collude"] * shared)]
     rows = [
         [
@@ -174,7 +174,6 @@ def _privacy(config: RunConfig, privacy: Mapping[str, Any]) -> dict[str, Any]:
             str(said.get("unit", config.privacy.unit)),
             _epsilon(said["epsilon"]),
             f"{said['delta']:g}",
-            said["accountant"],
             str(said.get("noise", config.privacy.noise)),
             number(said["noise_multiplier"]),
             f"{said['sample_rate']:.4g}",

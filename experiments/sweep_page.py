@@ -440,7 +440,7 @@ def _dp(privacies: Sequence[PrivacyConfig]) -> Section:
         )
     deltas = sorted({p.delta for p in private if p.delta})
     words = [
-        "Accountant: " + ", ".join(sorted({p.accountant for p in private})) + "; delta: "
+        "Delta: "
         + (", ".join(f"{d:g}" for d in deltas) or "by size class")
         + "; noise from the operating system. Each cell's privacy.json has the figures of each "
         "institution."

@@ -84,8 +84,6 @@ class Keywords(TypedDict, total=False):
     epsilon: float
     delta: float
     max_grad_norm: float
-    clipping: str
-    accountant: str
     unit: str
     noise: str
     ledger: str | Path

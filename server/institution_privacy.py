@@ -33,7 +33,6 @@ class InstitutionMechanism:
         noise_multiplier: Deviation of the noise over ``max_norm``.
         max_norm: Clipping bound of an institution's update.
         delta: The delta of the whole run.
-        accountant: ``prv`` or ``rdp``.
         seed: The run's seed for noise that a simulation can repeat; None for noise under a key from
             the operating system.
     """
@@ -41,7 +40,6 @@ class InstitutionMechanism:
     noise_multiplier: float
     max_norm: float
     delta: float
-    accountant: str
     seed: int | None
 
     def aggregate(
@@ -69,7 +67,7 @@ class InstitutionMechanism:
             asked: The number of rounds for which each institution was asked, answered or not.
         """
         return composition.epsilon(
-            history(self.noise_multiplier, max(asked, default=0)), self.delta, self.accountant
+            history(self.noise_multiplier, max(asked, default=0)), self.delta
         )
 
     def statement(self, asked: Iterable[int]) -> dict[str, Any]:
@@ -91,7 +89,6 @@ class InstitutionMechanism:
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": 1.0,
             "steps": steps,
-            "accountant": self.accountant,
             "max_norm": self.max_norm,
             "noise": "secure" if self.seed is None else "seeded",
         }
@@ -123,10 +120,8 @@ def plan(config: RunConfig, institutions: int, participations: int) -> Instituti
             delta=delta,
             sample_rate=1.0,
             steps=participations,
-            accountant=privacy.accountant,
         ),
         max_norm=privacy.institution_max_norm,
         delta=delta,
-        accountant=privacy.accountant,
         seed=config.seed if privacy.noise == "seeded" else None,
     )

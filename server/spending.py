@@ -61,10 +61,8 @@ class Spending:
         privacy = self.config.privacy
         known = {
             "unit": privacy.unit,
-            "accountant": privacy.accountant,
             "noise": privacy.noise,
             "max_grad_norm": privacy.max_grad_norm,
-            "clipping": privacy.clipping,
         }
         for name, value in known.items():
             _require(said, name, getattr(said, name) == value, f"the run has {value}")
@@ -85,7 +83,7 @@ class Spending:
         _require(said, "noise_multiplier", same, f"the plan has {sigma:.6g}")
         if said.noise_multiplier < sigma:
             less = dataclasses.replace(plan, noise_multiplier=said.noise_multiplier)
-            spent = composition.epsilon(less.events, less.delta, less.accountant)
+            spent = composition.epsilon(less.events, less.delta)
             bound = f"with it the run spends {spent:.6g} of {privacy.epsilon:g}"
             _require(said, "noise_multiplier", spent <= limit, bound)
         return plan
@@ -138,7 +136,7 @@ class Spending:
         spent = (dataclasses.replace(whole.round_event, steps=steps),)
         return {
             **dataclasses.asdict(said),
-            "epsilon": composition.epsilon(spent, whole.delta, whole.accountant),
+            "epsilon": composition.epsilon(spent, whole.delta),
             **self._alone(whole, spent),
             "noise_multiplier": sigma,
             "steps": steps,
@@ -151,7 +149,7 @@ class Spending:
         """What an institution's own share of noise is and protects; empty without shares."""
         if not plan.honest:
             return {}
-        alone = accounting.epsilon_alone(spent, plan.delta, plan.accountant)
+        alone = accounting.epsilon_alone(spent, plan.delta)
         return {
             "epsilon_alone": alone if math.isfinite(alone) else "inf",
             "share_noise_multiplier": plan.share_noise_multiplier,

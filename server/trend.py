@@ -75,7 +75,7 @@ def still_rising(
         same_noise = dataclasses.replace(plan, rounds=rounds + more)
         with contextlib.suppress(InputError):  # they may have no plan, and the run is over
             again = plan_run(longer, units, rounds + more)
-            epsilon = composition.epsilon(same_noise.events, plan.delta, plan.accountant)
+            epsilon = composition.epsilon(same_noise.events, plan.delta)
             found |= {
                 "epsilon": epsilon,
                 "noise": again.noise_multiplier / plan.noise_multiplier,

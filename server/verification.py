@@ -249,13 +249,13 @@ class _Checks:
         self, config: RunConfig, name: str, one: Mapping[str, Any], rounds: int
     ) -> None:
         privacy = config.privacy
-        for key in ("unit", "accountant", "noise", "max_grad_norm", "clipping"):
+        for key in ("unit", "noise", "max_grad_norm"):
             _same(f"{key} of {name}", one[key], getattr(privacy, key), CONFIG)
         least = max(rounds, one["rounds_asked"]) * config.training.local_steps
         if one["steps"] < least or one["rounds_asked"] < rounds:
             raise ValueError(f"steps of {name} are {one['steps']}, but its rounds have {least}")
         history = privacy_statement.history(config, one)
-        found = composition.epsilon(history, one["delta"], one["accountant"])
+        found = composition.epsilon(history, one["delta"])
         _close(f"epsilon of {name}", one["epsilon"], found)
         if found > privacy.epsilon * (1 + TOLERANCE):
             raise ValueError(f"epsilon of {name} is {found:g}, above {privacy.epsilon:g}")
@@ -263,7 +263,7 @@ class _Checks:
         unreported = one["steps"] - one["institution_says"]["steps"]
         _same(f"unreported_steps of {name}", one["unreported_steps"], unreported, "the report")
         if privacy.shares_noise:
-            alone = accounting.epsilon_alone(history, one["delta"], one["accountant"])
+            alone = accounting.epsilon_alone(history, one["delta"])
             _close(f"epsilon_alone of {name}", one["epsilon_alone"], alone)
 
     def _mechanism(self, config: RunConfig, name: str, one: Mapping[str, Any]) -> None:

@@ -149,7 +149,6 @@ def tiny_config(tmp_path, tiny_encoder, complaints):
             "federation.server-head-learning-rate": 0.0,
             "privacy.noise": "seeded",
             "privacy.delta": 1e-4,
-            "privacy.accountant": "rdp",
             "home.method": "none",
         }
         return config.from_flat(base | values)

@@ -37,7 +37,7 @@ def train_order(work=None, **changes):
 
 
 def privacy_spent(**changes):
-    """The spending of a seeded run over records, with the RDP accountant."""
+    """The spending of a seeded run over records."""
     values = {
         "unit": "record",
         "epsilon": 1.0,
@@ -45,10 +45,8 @@ def privacy_spent(**changes):
         "noise_multiplier": 1.0,
         "sample_rate": 0.25,
         "steps": 2,
-        "accountant": "rdp",
         "noise": "seeded",
         "max_grad_norm": 1.0,
-        "clipping": "flat",
         "ledger_epsilon": 2.0,
         "ledger_epsilon_alone": 2.0,
         "ledger_delta": 1e-5,

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
-from client.dp_sgd import Clipping
+from client.dp_sgd import clip
 from experiments.audit.findings import ALL_BUT_HONEST, ALL_BUT_ONE, SERVER
 from fedlora.arrays import Floats
 from fedlora.config.config import RunConfig
@@ -186,7 +186,6 @@ def scores(
         name: np.where(np.isin(owner, np.concatenate(groups)), 0.0, np.nan)
         for name, groups in observers.items()
     }
-    clipping = Clipping(max_grad_norm=config.privacy.max_grad_norm, kind=config.privacy.clipping)
     for number, (sent, parts) in sorted(transcript.orders.items()):
         say(f"scoring canaries, round {number} of {max(transcript.orders)}")
         sent.load_into(work.model)
@@ -222,7 +221,7 @@ def scores(
                 physical = config.training.physical_batch
                 g = torch.cat([g, *(gradients(work, other, physical) for other in others)])
             if plans:
-                clipping.clip([g])
+                clip(g, config.privacy.max_grad_norm)
             found[name][rows] += _solve(g, step.float(), ridge)[: len(rows)]
     return found
 

@@ -1,6 +1,8 @@
 """Keys and commands that are gone, and what to use in their place: one line each."""
 
 KEYS: dict[str, str] = {
+    "privacy.clipping": "gradients are clipped to privacy.max-grad-norm",
+    "privacy.accountant": "Opacus' PRV accountant computes epsilon",
     "home.batch-size": "it is 32",
     "home.learning-rate": "it is 0.005",
     "home.head-learning-rate": "it is 0.05",

@@ -409,12 +409,6 @@ class PrivacyConfig(Section):
     max_grad_norm: float = key(
         1.0, "clipping bound C of a unit's gradient", at_least=1e-6, at_most=1e6
     )
-    clipping: str = key(
-        "flat",
-        "flat: scale larger gradients to norm C; automatic: scale all by C / (norm + 0.01)",
-        choices=("flat", "automatic"),
-    )
-    accountant: str = key("prv", "accountant of Opacus", choices=("prv", "rdp"))
     unit: str = key(
         "record",
         "unit of privacy: record, or a column (customer) whose values are protected with all their "

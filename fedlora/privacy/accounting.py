@@ -4,8 +4,11 @@ The figures rest on :mod:`privacy.composition`; docs/privacy-accounting.md works
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
+
+from scipy.optimize import brentq  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy import composition
@@ -21,21 +24,20 @@ def noise_multiplier(
     delta: float,
     sample_rate: float,
     steps: int,
-    accountant: str = "prv",
     history: Iterable[Event] = (),
     shares: int = 0,
 ) -> float:
     """Find the least noise with which a plan, on top of a history, stays within epsilon.
 
     Guarantee: ``epsilon(history + plan)`` is at most the target with the returned value, and above
-    it with a value 0.1 percent smaller. The value has four significant digits, or five.
+    it with the number before it on a grid of four significant digits. Processors whose sums round
+    differently so plan the same noise, and a run may move from one to another.
 
     Args:
         epsilon: Target for the history and the plan together, > 0.
         delta: The target's delta, in (0, 1).
         sample_rate: Probability that a unit is in a step's batch, in (0, 1].
         steps: Steps of the plan, >= 1.
-        accountant: ``"prv"`` or ``"rdp"``.
         history: Earlier releases about the same data.
         shares: The number of discrete shares whose sum is the noise; 0: one Gaussian.
 
@@ -47,7 +49,7 @@ def noise_multiplier(
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon is {epsilon}, but must be a finite number above 0")
     before = composition.compose(history)
-    spent = composition.epsilon(before, delta, accountant)
+    spent = composition.epsilon(before, delta)
     if spent >= epsilon:
         raise Refusal(
             "budget-exhausted",
@@ -58,49 +60,35 @@ def noise_multiplier(
         """Log of epsilon over target: nearly linear in log sigma, at most 0 where it fits."""
         plan = Event(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, shares=shares)
         try:
-            value = composition.epsilon((*before, plan), delta, accountant)
+            value = composition.epsilon((*before, plan), delta)
         except InputError:
-            return math.inf  # with so little noise no finite epsilon exists
+            value = 1e300  # with so little noise no finite epsilon exists
         return math.log(max(value, 1e-300) / epsilon)
 
     # First guess: the Gaussian mechanism with the mean square of the sampled steps.
-    guess = 0.5 + sample_rate * math.sqrt(2 * steps * math.log(1.25 / delta)) / epsilon
-    low, high = guess / 1.5, guess
-    while (over := excess(high)) > 0:
+    high = 0.5 + sample_rate * math.sqrt(2 * steps * math.log(1.25 / delta)) / epsilon
+    low = high / 1.5
+    while excess(high) > 0:
         if high > _MAX_SIGMA:
             raise InputError(
-                f"epsilon is {epsilon:g}, but at delta {delta:g} the {accountant} accountant "
-                f"cannot certify {steps} steps that low with any noise; raise epsilon or delta"
+                f"epsilon is {epsilon:g}, but at delta {delta:g} the accountant cannot certify "
+                f"{steps} steps that low with any noise; raise epsilon or delta"
             )
         low, high = high, high * 2
-    while (under := excess(low)) <= 0:
-        low, high, over = low / 1.5, low, under
-    return _least_on_grid(excess, low, high, under, over)
+    while excess(low) <= 0:
+        low, high = low / 1.5, low
 
+    def of_log(x: float) -> float:
+        return excess(math.exp(x))
 
-def _least_on_grid(
-    excess: Callable[[float], float], low: float, high: float, under: float, over: float
-) -> float:
-    """Narrow ``excess(low) > 0 >= excess(high)`` to two neighbours of a grid; return the safe one.
-
-    The grid has four significant digits. Processors whose sums round differently so plan the same
-    noise, and a run may move from one to another.
-    """
-    unit = 10.0 ** (3 - math.floor(math.log10(low)))
-    first, last = math.floor(low * unit), math.ceil(high * unit)
-    for turn in range(200):
-        if last - first == 1:
-            return last / unit
-        # The secant in log sigma, but every third turn halves the interval, so the loop must end.
-        secant = turn % 3 < 2 and math.isfinite(under)
-        share = under / (under - over) if secant else 0.5
-        middle = min(max(round(first * (last / first) ** share), first + 1), last - 1)
-        value = excess(middle / unit)
-        if value > 0:
-            first, under = middle, value
-        else:
-            last, over = middle, value
-    raise AssertionError("every third turn halves the interval")
+    root = math.exp(cast(float, brentq(of_log, math.log(low), math.log(high), xtol=2e-5)))
+    unit = 10.0 ** (3 - math.floor(math.log10(root)))
+    least = math.ceil(root * unit)
+    while excess(least / unit) > 0:
+        least += 1
+    while excess((least - 1) / unit) <= 0:
+        least -= 1
+    return least / unit
 
 
 def public_delta(records: int) -> float:
@@ -176,10 +164,8 @@ class PrivacyPlan:
         sample_rate: Probability that a unit is in a step's batch.
         size_class: The institution's size class, in units (:func:`public_size`).
         max_grad_norm: Clipping bound.
-        clipping: ``"flat"`` or ``"automatic"``.
         steps_per_round: Local steps a round.
         rounds: The most rounds in which the institution takes part.
-        accountant: ``"prv"`` or ``"rdp"``.
         honest: Under secure aggregation the number of institutions whose shares of noise are in
             every sum; ``noise_multiplier`` is that of their sum. 0: the institution adds all of the
             noise itself.
@@ -191,10 +177,8 @@ class PrivacyPlan:
     sample_rate: float
     size_class: int
     max_grad_norm: float
-    clipping: str
     steps_per_round: int
     rounds: int
-    accountant: str
     honest: int = 0
 
     @property
@@ -239,7 +223,7 @@ class PrivacyPlan:
         )
 
 
-def epsilon_alone(history: Iterable[Event], delta: float, accountant: str) -> float:
+def epsilon_alone(history: Iterable[Event], delta: float, accountant: str = "prv") -> float:
     """Bound the epsilon if all others collude: of the noise one's own shares are left.
 
     Args:

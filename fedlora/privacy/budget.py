@@ -47,7 +47,6 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         delta=delta,
         sample_rate=rate,
         steps=training.local_steps * participations,
-        accountant=privacy.accountant,
         shares=privacy.shares,
     )
     plan = PrivacyPlan(
@@ -57,10 +56,8 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
         sample_rate=rate,
         size_class=size_class,
         max_grad_norm=privacy.max_grad_norm,
-        clipping=privacy.clipping,
         steps_per_round=training.local_steps,
         rounds=participations,
-        accountant=privacy.accountant,
         honest=privacy.shares,
     )
     if plan.honest and plan.share_scale(noise_shares.MAX_PARAMETERS) > discrete_gaussian.MAX_SCALE:
@@ -68,10 +65,10 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
             f"privacy.epsilon is {privacy.epsilon:g}, which needs a noise multiplier of "
             f"{noise_multiplier:g}, beyond the integers of secure aggregation; raise it"
         )
-    if plan.honest and plan.expected_batch_size > noise_shares.MAX_BATCH:
+    if plan.expected_batch_size > noise_shares.MAX_BATCH:
         raise InputError(
-            f"a batch has {plan.expected_batch_size:g} expected records, but secure aggregation "
-            f"allows at most {noise_shares.MAX_BATCH}; lower training.sample-rate"
+            f"a batch has {plan.expected_batch_size:g} expected records, but DP allows at most "
+            f"{noise_shares.MAX_BATCH}; lower training.sample-rate"
         )
     return plan
 

@@ -3,13 +3,12 @@
 Every release is a sampled Gaussian mechanism: each unit (a record, or all records of one
 customer) enters independently with probability q, its contribution is clipped to norm C, and
 Gaussian noise of deviation sigma * C is added to the sum. Neighbouring data sets differ by adding
-or removing one unit. docs/privacy-accounting.md works an example by hand. Under secure aggregation
-the noise is a sum of discrete shares; `epsilon` then adds the small cost of their difference from a
-Gaussian.
+or removing one unit. Under secure aggregation the noise is a sum of discrete shares; `epsilon` then
+adds the small cost of their difference from a Gaussian.
 
-Opacus supplies the mathematics, as a numerical composition of privacy loss variables ("prv", tight)
-or as Renyi differential privacy ("rdp", older, looser). Every figure returned is an upper bound on
-the true epsilon.
+Opacus supplies the mathematics: numerical composition of privacy loss variables ("prv", tight,
+what a run states) or Renyi differential privacy ("rdp", looser, which a ledger may choose since it
+also covers noise that is chosen after earlier releases). Every figure is an upper bound.
 
 References:
     Mironov, Talwar & Zhang (2019), Renyi DP of the sampled Gaussian mechanism, arXiv 1908.10530.
@@ -35,18 +34,10 @@ from fedlora.arrays import Floats
 from fedlora.errors import InputError
 from fedlora.secure import noise_shares
 
-# Renyi orders: Opacus' own and a few larger ones, which matter when epsilon is well below 1.
-_WHOLE_ORDERS = (*map(float, range(2, 64)), 72.0, 96.0, 128.0, 192.0, 256.0, 512.0)
-_BROKEN_ORDERS = tuple(1 + tenths / 10 for tenths in range(1, 100) if tenths % 10)
-# On log A(alpha), per step: covers rounding and the cut-off of Opacus' series at e**-30.
-_ROUNDING = 1e-12
-
-# Points of the privacy loss grid: at most 130 MB, and a third of a second for each mechanism.
-_MAX_GRID = 1 << 20
-_MARGIN = 3.0  # width of the grid beyond the likely losses
-# Below this epsilon the margin would be most of the grid, which is then narrower.
-_SMALL_EPSILON = 0.5
-_SMALL_MARGIN = 0.03
+ORDERS = (*map(float, range(2, 64)), 72.0, 96.0, 128.0, 192.0, 256.0, 512.0)
+"""Whole Renyi orders, for which Opacus' formula is a finite sum."""
+_ROUNDING = 1e-12  # on log A(alpha) of a step, for rounding
+_MAX_GRID = 1 << 20  # points of the privacy loss grid: at most 130 MB
 _MAX_LOSS = 300.0  # exp(loss) must stay far inside float64; above it the RDP bound is used
 
 # Of delta, for the discreteness of shares of noise; below a tenth of a permille of epsilon.
@@ -181,9 +172,9 @@ def _epsilon(history: History, delta: float, accountant: str) -> float:
     # Opacus warns when the best order is the last one: the bound is then loose, not wrong.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        value = _prv_epsilon(history, delta) if accountant == "prv" else math.inf
-        if not math.isfinite(value):
-            value = _rdp_epsilon(history, delta, _WHOLE_ORDERS + _BROKEN_ORDERS)
+        value = _renyi_epsilon(history, delta)
+        if accountant == "prv":
+            value = _prv_epsilon(history, delta, value)
     if not math.isfinite(value):
         raise InputError(
             f"no finite epsilon exists for noise_multiplier {history[0].noise_multiplier} and "
@@ -192,71 +183,49 @@ def _epsilon(history: History, delta: float, accountant: str) -> float:
     return max(value, 0.0)
 
 
-def _rdp_epsilon(history: History, delta: float, orders: tuple[float, ...]) -> float:
+def _renyi_epsilon(history: History, delta: float) -> float:
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
     total = sum(
-        (e.steps * _renyi(e.noise_multiplier, e.sample_rate, orders) for e in history),
-        start=np.zeros(len(orders)),
+        (e.steps * _divergences(e.noise_multiplier, e.sample_rate) for e in history),
+        start=np.zeros(len(ORDERS)),
     )
     usable = np.isfinite(total)
     if not usable.any():
         return math.inf
     value, _ = get_privacy_spent(
-        orders=np.array(orders)[usable].tolist(), rdp=total[usable].tolist(), delta=delta
+        orders=np.array(ORDERS)[usable].tolist(), rdp=total[usable].tolist(), delta=delta
     )
     return float(value)
 
 
 @lru_cache(maxsize=4096)
-def _renyi(sigma: float, rate: float, orders: tuple[float, ...]) -> Floats:
-    """Bound one step's Renyi divergence, float64 ``(orders,)``; inf where it has no value."""
+def _divergences(sigma: float, rate: float) -> Floats:
+    """Bound one step's Renyi divergence of each order, float64; inf where it has no value."""
     from opacus.accountants.analysis.rdp import compute_rdp
 
-    def at(order: float) -> float:
-        try:
-            value = float(
-                np.asarray(compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=order))
-            )
-        except (ArithmeticError, ValueError):
-            return math.inf
-        return math.inf if math.isnan(value) else max(value, 0.0) + _ROUNDING / (order - 1)
-
-    return np.array([at(order) for order in orders])
+    orders = np.array(ORDERS)
+    try:
+        found = compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=list(ORDERS))
+    except ArithmeticError:  # the noise is far too small
+        return np.full(len(ORDERS), math.inf)
+    values = np.nan_to_num(np.asarray(found, dtype=np.float64), nan=math.inf)
+    return np.maximum(values, 0.0) + _ROUNDING / (orders - 1)
 
 
-def _prv_epsilon(history: History, delta: float) -> float:
-    """Compose privacy loss variables on a grid; inf where the result has no guarantee.
+def _prv_epsilon(history: History, delta: float, bound: float) -> float:
+    """Compose privacy loss variables on a grid; ``bound`` where the result has no guarantee.
 
-    The steps are those of Opacus' ``PRVAccountant`` with these changes. The width of the grid comes
-    from whole Renyi orders only (valid, and ten times quicker). The error of epsilon is 0.2 percent
-    of epsilon (not 0.01, which is coarse at epsilon 0.1 and wasteful at 50), and grows where the
-    grid would exceed ``_MAX_GRID``; a small epsilon gets a narrow grid, so that its mesh is fine.
-    Rounding of the sums and the Fourier transforms is charged to delta (Opacus checks it against
-    long double precision, but computes in double). One mechanism is convolved at a time, so that
-    memory does not grow with their number.
-    """
-    bound = _rdp_epsilon(history, delta, _WHOLE_ORDERS)
-    if bound >= _SMALL_EPSILON:
-        return _grid_epsilon(history, delta, bound, min(0.1, 0.002 * bound), _MARGIN)
-    # The Renyi bound is then several times the epsilon: a first figure gives the needed mesh.
-    first = _grid_epsilon(history, delta, bound, 0.002 * _SMALL_EPSILON, _SMALL_MARGIN)
-    if not 0 < first < math.inf:
-        return first
-    return min(first, _grid_epsilon(history, delta, bound, 0.002 * first, _SMALL_MARGIN))
-
-
-def _grid_epsilon(
-    history: History, delta: float, bound: float, error: float, margin: float
-) -> float:
-    """Bound epsilon on a grid of half width ``margin`` + the likely losses.
+    The steps are those of Opacus' ``PRVAccountant`` with these changes. The error of epsilon is 0.2
+    percent of the Renyi bound (not 0.01, which is coarse at epsilon 0.1 and wasteful at 50), and
+    grows where the grid would exceed ``_MAX_GRID``. Rounding of the sums and the Fourier transforms
+    is charged to delta (Opacus checks it against long double precision, but computes in double).
+    One mechanism is convolved at a time, so that memory does not grow with their number.
 
     Args:
         history: The history in canonical form.
         delta: The delta of the epsilon, in (0, 1).
         bound: A valid epsilon; the result is never above it.
-        error: Wanted error of epsilon; it grows where the grid would be too large.
-        margin: Width that is added to the losses; above 0.
     """
     from opacus.accountants.analysis.prv import (
         Domain,
@@ -268,31 +237,22 @@ def _grid_epsilon(
 
     steps = sum(event.steps for event in history)
     delta_error = delta / 1000
+    margin = 3.0 if bound >= 0.5 else 0.03  # width of the grid beyond the likely losses
     # Gopi et al., remark 5.6. A loss Y leaves [-e - a, e + a] with probability at most
     # delta(e) / tanh(a / 2); the paper has a = 2 and this error of epsilon on top. The error is at
     # most a sixth of the margin (below), so that a is at least 5/6 of it.
     tails = delta_error * min(1.0, math.tanh(margin * 5 / 12) / math.tanh(1.0))
-    width = margin + max(
-        _rdp_epsilon(history, tails / 4, _WHOLE_ORDERS),
-        *(
-            _rdp_epsilon(
-                (Event(noise_multiplier=e.noise_multiplier, sample_rate=e.sample_rate, steps=1),),
-                tails / (8 * steps),
-                _WHOLE_ORDERS,
-            )
-            for e in history
-        ),
-    )
+    each = (_renyi_epsilon((replace(e, steps=1),), tails / (8 * steps)) for e in history)
+    width = margin + max(_renyi_epsilon(history, tails / 4), *each)
     scale = math.sqrt(steps * math.log(12 / delta_error) / 2)
-    error = max(error, 2 * width * scale / _MAX_GRID)
-    convolutions = max(
-        1.0, len(history) / 100
-    )  # rounding of each is far below that of the whole grid's sum
+    error = max(min(0.1, 0.002 * bound), 2 * width * scale / _MAX_GRID)
+    # A convolution rounds far less than the sum over the whole grid does.
+    convolutions = max(1.0, len(history) / 50)
     rounding = np.finfo(np.float64).eps * (
         4 * (2 * width * scale / error) * convolutions + 64 * steps
     )
-    if width > _MAX_LOSS or error > margin / 6 or rounding > delta / 2:
-        return math.inf
+    if not width <= _MAX_LOSS or error > margin / 6 or rounding > delta / 2:
+        return bound
     composed: Any = None
     try:
         domain = Domain.create_aligned(-width, width, error / scale)
@@ -303,19 +263,8 @@ def _grid_epsilon(
                 domain.t_max,
             )
             part = compose_heterogeneous([discretize(variable, domain)], [e.steps])
-            composed = part if composed is None else _convolve(composed, part)
+            composed = part if composed is None else compose_heterogeneous([composed, part], [1, 1])
         _, _, upper = composed.compute_epsilon(delta - rounding, delta_error, error)
     except (ArithmeticError, RuntimeError, ValueError, IndexError):
-        return math.inf
-    return min(float(upper), bound) if math.isfinite(upper) else math.inf
-
-
-def _convolve(one: Any, other: Any) -> Any:
-    """The sum of two discrete privacy loss variables on grids of the same mesh."""
-    from opacus.accountants.analysis.prv import DiscretePRV
-    from scipy.signal import convolve
-
-    return DiscretePRV(
-        pmf=convolve(one.pmf, other.pmf, mode="same"),
-        domain=one.domain.shift_right(other.domain.shifts),
-    )
+        return bound
+    return min(float(upper), bound) if math.isfinite(upper) else bound

@@ -40,8 +40,8 @@ def suspicion(prior: float, epsilon: float) -> float:
 def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, Any]:
     """Bound what an attacker learns of one unit from everything that a history released.
 
-    Guarantee: no attack does better, whatever else the attacker knows. The PRV accountant, which is
-    tight, supplies the points of the trade-off curve, whichever accountant the run charges by.
+    Guarantee: no attack does better, whatever else the attacker knows. The accountant, which is
+    tight, supplies the points of the trade-off curve.
 
     Args:
         history: All releases about the unit.
@@ -58,7 +58,7 @@ def bounds(history: Iterable[Event], epsilon: float, delta: float) -> dict[str, 
     events = tuple(history)
     points = [(epsilon, delta)]
     for one in _DELTAS:
-        points.append((composition.epsilon(events, one, "prv"), one))
+        points.append((composition.epsilon(events, one), one))
         if not points[-1][0]:
             break  # a larger delta says no more
     points = [(min(e, _MAX_EXPONENT), d) for e, d in points]
@@ -103,7 +103,7 @@ def _exceeded(events: Sequence[Event], epsilon: float, delta: float) -> float:
     least = 1.0
     for factor in _FACTORS:
         if (larger := delta * factor) < 1:
-            gap = epsilon - composition.epsilon(events, larger, "prv")
+            gap = epsilon - composition.epsilon(events, larger)
             if gap > 0:
                 least = min(least, larger / -math.expm1(-gap))
     return least

@@ -453,7 +453,6 @@ def _privacy(config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str,
             f"| adversary | {privacy['adversary']} |",
             f"| noise | {most['noise']}, multiplier {most['noise_multiplier']:.4g} |",
             f"| sample rate, steps | {most['sample_rate']:.4g}, {most['steps']} |",
-            f"| accountant | {most['accountant']} |",
         ]
     if level := privacy.get("institution_level"):
         lines += ["", "Institution-level DP:", "", "```json", json.dumps(finite(level)), "```"]

@@ -20,8 +20,6 @@ BOUND = (
     "privacy.epsilon",
     "privacy.delta",
     "privacy.max-grad-norm",
-    "privacy.clipping",
-    "privacy.accountant",
     "privacy.unit",
     "privacy.noise",
     "training.sample-rate",

@@ -175,10 +175,8 @@ class PrivacySpent:
         noise_multiplier: Standard deviation of the noise over ``max_grad_norm``.
         sample_rate: Probability that a unit is in a step's batch.
         steps: Steps taken in this run.
-        accountant: ``prv`` or ``rdp``.
         noise: ``secure`` or ``seeded``.
         max_grad_norm: Clipping bound.
-        clipping: ``flat`` or ``automatic``.
         ledger_epsilon: The spending of all runs on these records, at ``ledger_delta``.
         ledger_epsilon_alone: The same if all others collude in runs with secure aggregation; inf
             where an institution's own share protects nothing.
@@ -192,10 +190,8 @@ class PrivacySpent:
     noise_multiplier: float
     sample_rate: float
     steps: int
-    accountant: str
     noise: str
     max_grad_norm: float
-    clipping: str
     ledger_epsilon: float
     ledger_epsilon_alone: float
     ledger_delta: float

@@ -23,10 +23,8 @@ def _plan(sigma=2.0, honest=4, max_grad_norm=0.5) -> PrivacyPlan:
         sample_rate=0.2,
         size_class=64,
         max_grad_norm=max_grad_norm,
-        clipping="flat",
         steps_per_round=1,
         rounds=3,
-        accountant="rdp",
         honest=honest,
     )
 

@@ -9,14 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from benchmarks import families
-from client import passes, private_training, training
+from client import passes, training
 from fedlora.data.data import shard_of
 from fedlora.data.encoding import Encoded
 from fedlora.gradients import exactness
 from fedlora.models import trainable
 from fedlora.models.sft import PART
-from fedlora.privacy.accounting import PrivacyPlan
-from fedlora.privacy.streams import RandomSource
 from tests.client.unit_gradients import dropout, set_values, unit_gradients
 
 LONGEST = 160
@@ -175,34 +173,6 @@ def test_plain_passes_give_each_response_its_own_loss(model, physical):
         for each in (work, dataclasses.replace(work, first_position=None))
     )
     torch.testing.assert_close(packed.sort().values, padded.sort().values, rtol=1e-4, atol=1e-4)
-
-
-def test_institutions_that_share_rows_of_responses_change_no_bit_of_each_other(model):
-    work = load(model)
-    shard = rows(work)
-    mechanism = PrivacyPlan(
-        epsilon=8.0,
-        delta=1e-5,
-        noise_multiplier=0.7,
-        sample_rate=0.6,
-        size_class=10,
-        max_grad_norm=1.0,
-        clipping="flat",
-        steps_per_round=2,
-        rounds=1,
-        accountant="rdp",
-    )
-    participants = [
-        private_training.Participant(
-            shard=shard.select(part), mechanism=mechanism, source=RandomSource.seeded(name, 3)
-        )
-        for name, part in (("first", range(5)), ("second", range(3, 9)), ("third", range(9)))
-    ]
-    plan = training.LocalPlan(steps=2, physical_batch=4, optimizer="sgd", learning_rate=0.1)
-    together = private_training.train_privately(work, participants, plan)
-    for shared, participant in zip(together, participants, strict=True):
-        (single,) = private_training.train_privately(work, [participant], plan)
-        assert all(torch.equal(tensor, shared[name]) for name, tensor in single.items())
 
 
 @pytest.mark.parametrize(

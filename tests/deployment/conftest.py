@@ -47,7 +47,7 @@ PLAIN = {
     "federation.timeout": 120.0,
     "privacy.epsilon": float("inf"),
 }
-PRIVATE = {"privacy.epsilon": 4.0, "privacy.delta": 1e-4, "privacy.accountant": "rdp"}
+PRIVATE = {"privacy.epsilon": 4.0, "privacy.delta": 1e-4}
 """What differs from PLAIN under DP."""
 
 

@@ -55,7 +55,6 @@ BASE = {
     "training.sample-rate": 0.25,
     "training.max-length": 16,
     "privacy.delta": 1e-4,
-    "privacy.accountant": "rdp",
 }
 SECONDS = 5.0
 """Of a processor, until a refusal, at most; it takes some milliseconds."""
@@ -161,8 +160,6 @@ def _bounds(encoder: str, causal: str) -> Iterator[Case]:
         ((*bad, "delta-too-large"), "privacy.delta", 1 / 127, 0.999),
         (followed, "privacy.max-grad-norm", 1e-6, 1e6),
         (bad, "privacy.max-grad-norm", 5e-324, 9e-7, 1.1e6),
-        (followed, "privacy.clipping", "flat", "automatic"),
-        (followed, "privacy.accountant", "rdp", "prv"),
         (("other-unit",), "privacy.unit", "customer", ""),
         (("seeded-noise",), "privacy.noise", "seeded"),
         (followed, "home.method", "none", "interpolate"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from client.dp_sgd import Clipping
+from client import private_training
 from client.institution import Institution
 from client.private_round import train_rounds
 from fedlora.data import records
@@ -118,13 +118,13 @@ def test_under_dp_only_b_magnitude_and_head_are_clipped_and_noised(
     tiny_config, monkeypatch, method
 ):
     clipped = []
-    clip = Clipping.clip
+    clip = private_training.clip
 
-    def watched(self, gradients):
-        clipped.append(sum(gradient[0].numel() for gradient in gradients if len(gradient)))
-        return clip(self, gradients)
+    def watched(gradients, bound):
+        clipped.append(gradients.shape[1])
+        return clip(gradients, bound)
 
-    monkeypatch.setattr(Clipping, "clip", watched)
+    monkeypatch.setattr(private_training, "clip", watched)
     config = tiny_config(**FEDSVD, **{"adapter.method": method})
     work = trainable.load(config, records.load(config).labels)
     who = Institution.locate(config, 0)

@@ -90,7 +90,7 @@ def test_the_noise_of_the_sum_is_the_promised_one_over_the_shares_that_must_be_t
     plan = plan_run(tiny_config(**SECURE), 100, 3)
     local = plan_run(tiny_config(), 100, 3)
     assert plan.noise_multiplier == pytest.approx(local.noise_multiplier, rel=0.01)
-    assert composition.epsilon(plan.events, plan.delta, plan.accountant) <= 8.0
+    assert composition.epsilon(plan.events, plan.delta) <= 8.0
     steps_of_the_grid = plan.share_scale(10_000) * math.sqrt(plan.honest)
     in_bounds = steps_of_the_grid * noise_shares.grid(plan.max_grad_norm) / plan.max_grad_norm
     margin = 1 + 2**-9  # for noise multipliers 0.1 % apart and sums in float64

@@ -19,12 +19,6 @@ def _few_plans(monkeypatch):
     monkeypatch.setattr(best_plan, "FACTORS", (1, 4))
 
 
-@pytest.fixture
-def tiny_config(tiny_config):
-    """With the accountant that is faster at these rates."""
-    return lambda **values: tiny_config(**{"privacy.accountant": "prv", **values})
-
-
 def marked(rows):
     (best,) = (row for row in rows if row.best)
     return best
@@ -41,7 +35,6 @@ def test_noise_of_a_step_and_of_the_sum_are_those_by_hand(tiny_config):
             delta=1e-4,
             sample_rate=row.sample_rate,
             steps=2 * row.rounds,
-            accountant="prv",
         )
         noise = sigma * math.sqrt(4) / (row.sample_rate * 256)
         assert row.noise_multiplier == pytest.approx(sigma)
@@ -113,9 +106,7 @@ def test_institutions_of_different_size_count_by_their_weight(tiny_config, weigh
 def test_with_a_sample_of_institutions_each_plans_for_its_share_of_the_rounds(tiny_config):
     config = tiny_config(**{"federation.institutions-per-round": 1, "federation.rounds": 8})
     row = best_plan._row(config, [64] * 4)
-    sigma = accounting.noise_multiplier(
-        epsilon=8.0, delta=1e-4, sample_rate=0.25, steps=2, accountant="prv"
-    )
+    sigma = accounting.noise_multiplier(epsilon=8.0, delta=1e-4, sample_rate=0.25, steps=2)
     assert row.noise_multiplier == pytest.approx(sigma)
     assert row.noise == pytest.approx(sigma / (0.25 * 64))
     assert row.records == 8 * 16
@@ -182,7 +173,7 @@ def test_the_command_prints_the_plans_and_what_they_leave_out(tiny_config, tmp_p
     said = invoke("--best", file).stdout
     assert "best" in said and "which this table does not count" in " ".join(said.split())
     deployed = ["data.source=institutions", "data.institutions=3", "data.labels=a,b"]
-    settings = [f"--set={one}" for one in (*deployed, "privacy.accountant=rdp")]
+    settings = [f"--set={one}" for one in deployed]
     of_demo = json.loads(invoke("--best", "demo", "--records", 640, *settings, "--json").stdout)
     assert [plan["rounds"] for plan in of_demo["plans"] if plan["configured"]] == [30]
     for arguments, words in (

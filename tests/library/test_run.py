@@ -25,7 +25,6 @@ SMALL = {
     "max_length": 16,
     "sample_rate": 0.25,
     "delta": 1e-4,
-    "accountant": "rdp",
     "noise": "seeded",
     "home_method": "none",
     "progress": False,

@@ -49,7 +49,6 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
         "home.method": "none",
         "privacy.epsilon": 3.0,
         "privacy.delta": 1e-5,
-        "privacy.accountant": "rdp",
         "privacy.noise": "seeded",
     }
 

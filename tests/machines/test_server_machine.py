@@ -41,7 +41,7 @@ PRIVACY = [
     {"steps": 0, "noise_multiplier": -1.0},
     {"noise_multiplier": math.nan},
     {"noise_multiplier": 1e-200},
-    {"accountant": "none"},
+    {"noise": "none"},
     {"sample_rate": 0.0},
     {"delta": 0.0},
     {"delta": 0.999},

@@ -92,7 +92,7 @@ def test_a_round_has_fresh_noise_of_the_planned_deviation(seed):
     zeros = AdapterState({"a.lora_A.weight": torch.zeros(200, 300)})
     update = ClientUpdate(institution="bank", round=1, adapter=zeros)
     mechanism = institution_privacy.InstitutionMechanism(
-        noise_multiplier=2.0, max_norm=3.0, delta=1e-5, accountant="rdp", seed=seed
+        noise_multiplier=2.0, max_norm=3.0, delta=1e-5, seed=seed
     )
 
     def noise(number):

@@ -38,7 +38,6 @@ RUN = {
     "federation.rounds": 3,
     "privacy.noise": "seeded",
     "privacy.delta": 1e-4,
-    "privacy.accountant": "rdp",
 }
 SPENDING = Spending(config=config.from_flat(RUN), participations=3)
 PLAN = plan_run(SPENDING.config, 100, 3)
@@ -64,8 +63,6 @@ BAD = [
     *(("ledger_epsilon_alone", value) for value in (math.nan, -math.inf, -1.0, 6.9)),
     *(("ledger_delta", value) for value in (*NOT_FINITE, -1.0, 0.0, 5e-324, 1.0)),
     *(("ledger_limit", value) for value in (*NOT_FINITE, -1.0, 0.0)),
-    *(("accountant", value) for value in ("prv", "gdp", "")),
-    *(("clipping", value) for value in ("automatic", "none")),
     *(("noise", value) for value in ("secure", "")),
     *(("unit", value) for value in ("customer", "")),
 ]
@@ -294,7 +291,7 @@ def test_a_checkpoint_with_a_bad_record_is_resumed_as_if_none_had_come(
     state = directory.latest()
     spoiled = {
         "Alpha": {**state.privacy["Alpha"], "steps": 0, "noise_multiplier": -1.0},
-        "Beta": {**state.privacy["Beta"], "accountant": "none", "delta": 0.999},
+        "Beta": {**state.privacy["Beta"], "noise": "none", "delta": 0.999},
         "Gamma": {"epsilon": "none"},
     }
     directory.save(dataclasses.replace(state, privacy={**state.privacy, **spoiled}))

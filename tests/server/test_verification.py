@@ -358,7 +358,7 @@ def test_a_second_mechanism_other_than_the_planned_one_is_found_though_its_figur
     assert not failing(directory) and all(level[key] != value for key, value in change.items())
     mechanism = institution_privacy.InstitutionMechanism(
         **{
-            **{key: level[key] for key in ("noise_multiplier", "max_norm", "delta", "accountant")},
+            **{key: level[key] for key in ("noise_multiplier", "max_norm", "delta")},
             **{key: value for key, value in change.items() if key != "steps"},
         },
         seed=None,

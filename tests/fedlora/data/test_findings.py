@@ -51,7 +51,6 @@ def config(**values):
         "data.min-records": 1,
         "training.sample-rate": 0.25,
         "federation.rounds": 10,
-        "privacy.accountant": "rdp",
     }
     return from_flat(base | values)
 
