@@ -1,4 +1,4 @@
-"""The forwards of trained layers, with gradients that autograd keeps per unit."""
+"""The forwards of trained layers, with gradients that autograd keeps per example."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
@@ -27,17 +27,13 @@ class Mode:
     """The state that the forwards of all trained layers of one model share.
 
     Args:
-        leaves: Parameter -> its leaf ``(units, *shape)``; empty in plain mode.
+        leaves: Parameter -> its leaf ``(examples, *shape)``; empty in plain mode.
         examples: First dimension that every input must have.
-        unit: Unit of each example ``(examples,)``; None when example i is unit i.
-        own: Whether units have values of their own.
         rows: The random source of each example's dropout; empty: no dropout.
     """
 
     leaves: dict[nn.Parameter, torch.Tensor]
     examples: int = 0
-    unit: torch.Tensor | None = None
-    own: bool = False
     rows: Sequence[RandomSource] = ()
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -46,10 +42,8 @@ class Mode:
 
     def by_example(self, parameter: nn.Parameter) -> torch.Tensor:
         """A row for each example ``(examples, *shape)``: of the leaf, or of a frozen parameter."""
-        if parameter not in self.leaves:
-            return parameter.expand(self.examples, *parameter.shape)
-        leaf = self.leaves[parameter]
-        return leaf if self.unit is None else leaf[self.unit]
+        alike = parameter.expand(self.examples, *parameter.shape)
+        return self.leaves.get(parameter, alike)
 
     def check(self, name: str, x: torch.Tensor, flat: bool) -> None:
         """Refuse an input in which an example is not one entry of the first dimension.
@@ -144,18 +138,15 @@ class AdaptedLayer:
             return out
         return cast(
             torch.Tensor,
-            LowRankUpdate.apply(x, out, *pair, 1.0, None, False, self._row(), self.apart),
+            LowRankUpdate.apply(x, out, *pair, 1.0, self._row(), self.apart),
         )
 
     def _update(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         a, b = self.mode.of(self.a), self.mode.of(self.b)
         scaling = cast(float, self.layer.scaling[ADAPTER])
-        mode = self.mode
         return cast(
             torch.Tensor,
-            LowRankUpdate.apply(
-                x, base, a, b, scaling, mode.unit, mode.own, self._row(), self.apart
-            ),
+            LowRankUpdate.apply(x, base, a, b, scaling, self._row(), self.apart),
         )
 
     def _dora(

@@ -7,7 +7,7 @@ put the result back. `active` gives a model's layers the packing of the present 
 
 An example's result does not depend on the other examples, to the last bit, if the row has the same
 number of tokens: products with the base then have the same number of rows, and products per example
-have the shape of the example's padded length. Products per unit (`Spans`) do not keep this.
+have the shape of the example's padded length.
 
 Reference: Krell et al. (2021), Efficient Sequence Packing, arXiv 2107.02027.
 """
@@ -96,11 +96,9 @@ class Packing:
             for a, b in itertools.pairwise(bounds)
         ]
         self._masks: dict[bool, list[torch.Tensor]] = {}
-        self._order = self._number = None  # None: the examples are sorted by width
+        self._number = None  # None: the examples are sorted by width
         if (order[:-1] > order[1:]).any():
-            self._order = torch.from_numpy(order).to(device)
             self._number = torch.from_numpy(np.argsort(order)).to(device)
-        self._spans: tuple[torch.Tensor, Spans | None] | None = None
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """``(T, f)`` to the padded places ``(P, f)``; padding holds its example's first token.
@@ -150,22 +148,6 @@ class Packing:
             self._masks[causal] = masks
         return self._masks[causal]
 
-    def product(
-        self, rows: torch.Tensor, factors: torch.Tensor, plus: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Each example's tokens ``(T, p)`` times its own factor ``(n, p, q)``: ``(T, q)``.
-
-        ``plus`` ``(T, q)`` is added.
-        """
-        if self._order is not None:
-            factors = factors[self._order]
-        parts = [
-            torch.bmm(part, factors[examples]).flatten(0, 1)
-            for examples, part in self.groups(self._padded(rows))
-        ]
-        found = self._packed(torch.cat(parts))
-        return found if plus is None else found.add_(plus)
-
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Sum ``left_t^T right_t`` over each example's tokens, float32.
 
@@ -183,21 +165,6 @@ class Packing:
         for (examples, a), (_, b) in pairs:
             torch.bmm(a.mT, b, out=found[examples])
         return self._numbered(found)
-
-    def spans(self, unit: torch.Tensor, units: int) -> "Spans | None":
-        """The places of units; None where a unit's examples do not follow each other.
-
-        Args:
-            unit: The unit of each example ``(n,)`` int64; the examples must be sorted by it.
-            units: The number of units; some may have no example.
-        """
-        if self._spans is None or self._spans[0] is not unit:
-            of_example = unit.numpy(force=True)
-            ends = np.concatenate([[0], np.cumsum(self.lengths)])
-            bounds = ends[np.searchsorted(of_example, np.arange(units + 1))].tolist()
-            ascends = bool((of_example[:-1] <= of_example[1:]).all())
-            self._spans = unit, Spans(bounds, self.total) if ascends else None
-        return self._spans[1]
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._token)
@@ -222,48 +189,6 @@ class Packing:
     def _without_filler(self, x: torch.Tensor) -> torch.Tensor:
         x[self.used :] = 0.0
         return x
-
-
-class Spans:
-    """The places of units in a packed row, each unit's tokens in one stretch.
-
-    Products of a unit are then products of matrices, without a copy of its tokens. Their rounding
-    depends on the number of the unit's tokens, so that they serve training without DP only.
-
-    Args:
-        bounds: The place of each unit's first token, and the end of the last unit.
-        total: The number of tokens in the row, T.
-    """
-
-    def __init__(self, bounds: list[int], total: int) -> None:
-        self._places = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        self._used, self._total = bounds[-1], total
-
-    def product(
-        self, rows: torch.Tensor, factors: torch.Tensor, plus: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Each unit's tokens ``(T, p)`` times its own factor ``(units, p, q)``: ``(T, q)``.
-
-        ``plus`` ``(T, q)`` is added.
-        """
-        if plus is None:
-            found = rows.new_empty(self._total, factors.shape[2])
-            found[self._used :] = 0.0
-            for place, factor in zip(self._places, factors, strict=True):
-                torch.mm(rows[place], factor, out=found[place])
-            return found
-        found = plus.clone()
-        for place, factor in zip(self._places, factors, strict=True):
-            found[place].addmm_(rows[place], factor)
-        return found
-
-    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Sum ``left_t^T right_t`` over each unit's tokens: ``(units, p, q)`` float32."""
-        left, right = left.float(), right.float()
-        found = left.new_empty(len(self._places), left.shape[1], right.shape[1])
-        for place, sums in zip(self._places, found, strict=True):
-            torch.mm(left[place].T, right[place], out=sums)
-        return found
 
 
 Map = Callable[[torch.Tensor], torch.Tensor]

@@ -1,15 +1,15 @@
 """Exact per-example gradients for LoRA, rsLoRA and DoRA on any frozen base.
 
 Opacus records activations with hooks, which fails for DoRA. Here each trained layer gets a forward
-of its own (`layer_forwards`). In expanded mode a leaf of shape ``(units, *shape)`` replaces
-every trained parameter, and autograd keeps the leaf's gradient per unit. The base is only called,
-so quantised bases work the same.
+of its own (`layer_forwards`). In expanded mode a leaf of shape ``(examples, *shape)`` replaces
+every trained parameter, and autograd keeps the leaf's gradient per example. The base is only
+called, so quantised bases work the same.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -33,12 +33,11 @@ class PerSampleAdapters:
 
         with per_sample.expanded(len(batch)):
             losses(model, batch).sum().backward()
-            gradients = per_sample.collect()  # (units, *shape) of each trained parameter
+            gradients = per_sample.collect()  # (examples, *shape) of each trained parameter
 
-    Guarantee: entry k of ``gradients[p]`` is the gradient of the summed losses of unit k's
-    examples, as if each had been computed alone, for models in which `gradients.exactness` finds no
-    flaw. Layers and inputs for which this cannot hold are refused. What voids it: a loss that mixes
-    examples.
+    Guarantee: entry i of ``gradients[p]`` is the gradient of example i's loss, as if it had been
+    computed alone, for models in which `gradients.exactness` finds no flaw. Layers and inputs for
+    which this cannot hold are refused. What voids it: a loss that mixes examples.
 
     Args:
         model: A model with an adapter; its trained layers are changed.
@@ -51,7 +50,6 @@ class PerSampleAdapters:
     def __init__(self, model: PeftModel) -> None:
         self._mode = Mode({})
         self.has_dropout = False  # whether `draw_dropout` has an effect
-        self.has_magnitude = False
         self.layers: dict[str, nn.Module] = {}  # layers with a replaced forward
         self._named: dict[str, nn.Parameter] = {}
         covered: set[nn.Parameter] = set()
@@ -66,7 +64,6 @@ class PerSampleAdapters:
             if isinstance(module, LoraLayer) and is_linear(module.get_base_layer()):
                 forward = AdaptedLayer(name, module, self._mode)
                 self.has_dropout |= forward.dropout > 0
-                self.has_magnitude |= forward.magnitude is not None
             elif isinstance(module, ModulesToSaveWrapper):
                 module = module.modules_to_save[ADAPTER]
                 if isinstance(module, nn.Linear):
@@ -85,40 +82,19 @@ class PerSampleAdapters:
                 self._named[name] = parameter
 
     @contextmanager
-    def expanded(
-        self,
-        n_units: int,
-        unit_of_example: torch.Tensor | None = None,
-        values: Mapping[str, torch.Tensor] | None = None,
-    ) -> Generator[None]:
-        """Give each trained parameter a leaf per unit; forward, backward and `collect` go inside.
+    def expanded(self, examples: int) -> Generator[None]:
+        """Give each trained parameter a leaf per example of a batch.
 
-        Args:
-            n_units: Number of units of privacy in the batch.
-            unit_of_example: Unit of each example, int64 ``(b,)`` in [0, n_units); None when example
-                i is unit i.
-            values: The value of each trained parameter for each unit, float32 ``(n_units,
-                *shape)``, so that products are computed example by example, or unit by unit in a
-                packed row that is sorted by ``unit_of_example``; None: the model's values.
-
-        Raises:
-            ValueError: For values under DoRA, whose norms are those of one A and B.
+        Forward, backward and `collect` go inside.
         """
-        if values is not None and self.has_magnitude:
-            raise ValueError("units cannot have different values under DoRA")
-        device = next(iter(self._named.values())).device
-        unit = None if unit_of_example is None else unit_of_example.to(device)
-        for name, parameter in self._trained().items():
-            alike = parameter.detach().expand(n_units, *parameter.shape)
-            leaf = alike if values is None else values[name]
+        for parameter in self._trained().values():
+            leaf = parameter.detach().expand(examples, *parameter.shape)
             self._mode.leaves[parameter] = leaf.requires_grad_()
-        self._mode.examples = n_units if unit is None else len(unit)
-        self._mode.unit, self._mode.own = unit, values is not None
+        self._mode.examples = examples
         try:
             yield
         finally:
             self._mode.leaves.clear()
-            self._mode.unit, self._mode.own = None, False
 
     def draw_dropout(self, rows: Sequence[RandomSource]) -> None:
         """Set the random sources of dropout, one for each row, for the next batches.
@@ -135,7 +111,7 @@ class PerSampleAdapters:
         return {name: p for name, p in self._named.items() if p.requires_grad}
 
     def collect(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Return each trained parameter's gradients, float32 ``(units, *shape)``, and forget them.
+        """Return each trained parameter's gradients and forget them; ``(examples, *shape)``.
 
         Raises:
             Refusal: ``guard-no-gradient`` if a parameter got no gradient.

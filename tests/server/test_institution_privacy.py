@@ -28,7 +28,7 @@ def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
     assert 4.9 < mechanism.spent([12, 3]) <= 5.0
     assert mechanism.spent([]) == 0.0
     event = Event(noise_multiplier=mechanism.noise_multiplier, sample_rate=1.0, steps=3)
-    assert mechanism.spent([3, 1]) == composition.epsilon((event,), 1e-3, "rdp")
+    assert mechanism.spent([3, 1]) == composition.epsilon((event,), 1e-3)
 
 
 def test_it_is_off_unless_asked_for(tiny_config):

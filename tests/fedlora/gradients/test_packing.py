@@ -186,7 +186,6 @@ def test_what_one_example_holds_never_reaches_another():
     assert row.outer(x, y)[fine].isfinite().all()
     assert row.outer(y, x)[fine].isfinite().all()
     assert row.sums(x)[fine].isfinite().all()
-    assert row.product(x, torch.ones(4, 5, 2))[[*range(3), *range(11, 21)]].isfinite().all()
 
 
 def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
@@ -194,13 +193,10 @@ def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
     row = packing.Packing(lengths, widths, total=44, slots=5, device="cpu")
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(44, n, generator=generator) for n in (5, 3))
-    factors = torch.randn(5, 5, 4, generator=generator)
     places = [slice(end - n, end) for n, end in zip(lengths, lengths.cumsum(), strict=True)]
     each = [x[place] for place in places]
     torch.testing.assert_close(row.sums(x), torch.stack([part.sum(0) for part in each]))
     torch.testing.assert_close(row.means(x), torch.stack([part.mean(0) for part in each]))
-    products = torch.cat([part @ f for part, f in zip(each, factors, strict=True)])
-    torch.testing.assert_close(row.product(x, factors)[:38], products)
     outers = torch.stack([x[place].T @ y[place] for place in places])
     torch.testing.assert_close(row.outer(x, y), outers)
     torch.testing.assert_close(row.unpad(row.pad(x))[:38], x[:38])
@@ -209,42 +205,3 @@ def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
     repeated = torch.autograd.grad(row.sums(x.requires_grad_()).mul(e.sum(1)[:, None]).sum(), x)
     expected = e.sum(1).repeat_interleave(torch.tensor(lengths))[:, None].expand(38, 5)
     torch.testing.assert_close(repeated[0][:38], expected)
-
-
-def test_products_of_units_are_those_of_their_tokens():
-    lengths = np.array([3, 8, 9, 1])
-    row = packing.Packing(lengths, np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu")
-    spans = row.spans(torch.tensor([0, 1, 1, 2]), 3)
-    assert spans is not None
-    generator = torch.Generator().manual_seed(1)
-    x, y, plus = (torch.randn(25, n, generator=generator) for n in (5, 3, 4))
-    x[21:] = torch.nan  # filler
-    factors = torch.randn(3, 5, 4, generator=generator)
-    places = [slice(0, 3), slice(3, 20), slice(20, 21)]
-    products = torch.cat([x[place] @ f for place, f in zip(places, factors, strict=True)])
-    before = plus.clone()
-    torch.testing.assert_close(spans.product(x, factors)[:21], products)
-    torch.testing.assert_close(spans.product(x, factors, plus)[:21], plus[:21] + products)
-    assert torch.equal(plus, before)
-    assert not spans.product(x, factors)[21:].any()
-    torch.testing.assert_close(spans.product(x, factors, plus)[21:], plus[21:])
-    outers = torch.stack([x[place].T @ y[place] for place in places])
-    torch.testing.assert_close(spans.outer(x, y), outers)
-
-
-@pytest.mark.parametrize(
-    ("unit", "sorted_"),
-    [([0, 1, 0, 1], False), ([1, 0, 0, 0], False), ([1, 1, 3, 3], True), ([0, 0, 0, 0], True)],
-)
-def test_units_have_places_if_examples_are_sorted_by_unit(unit, sorted_):
-    row = packing.Packing(
-        np.array([3, 8, 9, 1]), np.array([8, 8, 16, 8]), total=25, slots=4, device="cpu"
-    )
-    spans = row.spans(torch.tensor(unit), 5)
-    assert (spans is not None) == sorted_
-    if spans is not None:  # a unit without examples has sums of zero
-        x = torch.ones(25, 1)
-        counts = [
-            sum(n for n, u in zip([3, 8, 9, 1], unit, strict=True) if u == k) for k in range(5)
-        ]
-        assert spans.outer(x, x).flatten().tolist() == counts

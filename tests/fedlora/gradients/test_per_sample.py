@@ -107,8 +107,8 @@ def one_by_one(model, inputs):
     return {name: torch.stack(each) for name, each in grads.items()}
 
 
-def all_at_once(model, per_sample, inputs, packed=False, n_units=None, unit=None):
-    with per_sample.expanded(n_units or len(inputs[0]), unit):
+def all_at_once(model, per_sample, inputs, packed=False):
+    with per_sample.expanded(len(inputs[0])):
         with either_losses(model, inputs, packed) as found:
             found.sum().backward()
         gradients = per_sample.collect()
@@ -251,71 +251,6 @@ def test_gradients_are_exact_with_gradient_checkpointing(
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
     assert worst_error(all_at_once(model, per_sample, batch(), packed), expected) <= 1e-5
     assert len(calls) == 2  # it was recomputed
-
-
-@PACKED
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_gradients_of_a_unit_are_the_sums_over_its_examples(directories, family, method, packed):
-    each = one_by_one(build(directories / family, method=method), batch())
-    model, per_sample = with_adapters(directories / family, method=method)
-    unit = torch.tensor([2, 0, 2, 2, 0])  # unit 1 has no example
-    found = all_at_once(model, per_sample, batch(), packed, n_units=3, unit=unit)
-    expected = {
-        n: torch.stack([g[[1, 4]].sum(0), torch.zeros_like(g[0]), g[[0, 2, 3]].sum(0)])
-        for n, g in each.items()
-    }
-    assert worst_error(found, expected) <= 1e-5
-    assert all((g[1] == 0).all() for g in found.values())
-
-
-@PACKED
-@pytest.mark.parametrize("only_b", [False, True])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_units_with_values_of_their_own_get_the_gradients_there(
-    directories, family, quantization, only_b, packed
-):
-    for unit in ([2, 0, 2, 1, 0], [0, 0, 1, 2, 2]):  # the second is computed unit by unit
-        _check_values_of_units(
-            directories / family, quantization, only_b, packed, torch.tensor(unit)
-        )
-
-
-def _check_values_of_units(directory, quantization, only_b, packed, unit):
-    peft = build(directory, quantization=quantization)
-    model, per_sample = with_adapters(directory, quantization=quantization)
-    if only_b:
-        for name, p in (*peft.named_parameters(), *model.named_parameters()):
-            p.requires_grad_(p.requires_grad and "lora_A" not in name)
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    generator = torch.Generator().manual_seed(4)
-    values = {n: torch.randn(3, *p.shape, generator=generator) / 4 for n, p in named.items()}
-    expected = {n: [] for n in named}
-    for k in range(3):
-        theirs = {n: p for n, p in peft.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for n, p in theirs.items():
-                p.copy_(values[n][k])
-        peft.zero_grad()
-        losses(peft, *(x[unit == k] for x in batch())).sum().backward()
-        for n, p in theirs.items():
-            expected[n].append(p.grad.clone())
-    with per_sample.expanded(3, unit, {n: v.clone() for n, v in values.items()}):
-        with either_losses(model, batch(), packed) as found:
-            found.sum().backward()
-        gradients = per_sample.collect()
-    found = {n: gradients[p] for n, p in named.items()}
-    assert worst_error(found, {n: torch.stack(g) for n, g in expected.items()}) <= 1e-5
-
-
-def test_dora_refuses_units_with_values_of_their_own(directories):
-    _, per_sample = with_adapters(directories / "bert", method="dora")
-    with (
-        pytest.raises(ValueError, match="DoRA"),
-        per_sample.expanded(1, None, {}),
-    ):
-        pass
 
 
 @PACKED
