@@ -236,9 +236,7 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
     ("own", "delta", "rate"),
     [("rdp", 0.0039, 0.05), ("rdp", 1e-5, 1.0), ("prv", 1e-7, 1.0), ("prv", 1e-3, 0.05)],
 )
-def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(
-    own, delta, rate
-):
+def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(own, delta, rate):
     values = {
         "privacy.delta": delta,
         "training.sample-rate": rate,
