@@ -1,10 +1,6 @@
-"""One simulated run, from a resolved configuration to a complete run directory.
-
-Workers on this machine are forks of this process, so that it imports and loads once for all.
-"""
+"""One simulated run, from a resolved configuration to a complete run directory."""
 
 import contextlib
-import importlib
 import logging
 import os
 import secrets
@@ -26,7 +22,6 @@ from fedlora.terminal import Terminal
 
 if TYPE_CHECKING:
     from fedlora.data.shards import Federation
-    from simulation.engines.forkserver import ForkServer
     from simulation.engines.grid import SimulationGrid
 
 CLIENT_APP = "client.app:app"
@@ -65,8 +60,8 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
         console.write_line(f"warning: {finding.name}{accepted}: {finding.text}")
     with contextlib.ExitStack() as stack:
         with console.status("loading the base model, starting workers"):
-            forks = stack.enter_context(load(kind, config))
-            grid = stack.enter_context(open_engine(kind, config, forks))
+            stack.enter_context(load(kind, config))
+            grid = stack.enter_context(open_engine(kind, config))
         with progress(config, grid, console):
             try:
                 run_rounds(config, grid, resumed=resumed)
@@ -88,17 +83,12 @@ def check_engine(kind: str) -> None:
 
 
 @contextlib.contextmanager
-def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
+def load(kind: str, config: RunConfig) -> Iterator[None]:
     """Read the records, check the budgets, load the base model and start Ray.
 
     Args:
         kind: ``ray``, which `check_engine` has accepted, or ``inline``.
         config: The run.
-
-    Yields:
-        The fork server of the workers. None where workers start as new processes: on a cluster;
-        with GPUs or several threads, whose state does not survive a fork; on systems without
-        pidfds; and in a process that has imported Ray, as each has after its first run on Ray.
 
     Raises:
         InputError: As `prepare` and `privacy.budget.plan_run`; also if the base model cannot be
@@ -117,25 +107,20 @@ def load(kind: str, config: RunConfig) -> "Iterator[ForkServer | None]":
         from fedlora.data import findings
         from fedlora.models import trainable
 
-        if config.privacy.enabled:  # an impossible budget is refused; forks inherit its noise
+        if config.privacy.enabled:  # an impossible budget is refused
             cap = config.federation.participations(len(records.names))
             findings.plans_of(config, records.units, cap)
-        for name in _modules(config):
-            importlib.import_module(name)
         trainable.load(config, records.labels)
     if kind == "inline":
-        yield None
+        yield
         return
     settings = config.engine
-    with contextlib.ExitStack() as stack:
-        if (forks := _forks(config)) is not None:
-            stack.callback(forks.close)
-        with paused_gc():
-            from simulation.engines import ray
+    with paused_gc():
+        from simulation.engines import ray
 
-        cores = max(settings.workers * settings.threads, processors.count())
-        stack.enter_context(ray.started(settings.ray_address, cores))
-        yield forks
+    cores = max(settings.workers * settings.threads, processors.count())
+    with ray.started(settings.ray_address, cores):
+        yield
 
 
 def _reach(address: str) -> None:
@@ -172,36 +157,13 @@ def _ask_for_a_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _modules(config: RunConfig) -> list[str]:
-    """Return the modules that institutions and server import."""
-    private = ["client.dp_sgd"] if config.privacy.enabled else []
-    return [CLIENT_APP.partition(":")[0], *private, "server.app"]
-
-
-def _forks(config: RunConfig) -> "ForkServer | None":
-    """A server of forks of this process, or None; see `load`."""
-    if config.engine.ray_address or config.engine.gpus or config.engine.threads > 1:
-        return None  # a fork would wait for threads that it does not have
-    if "ray" in sys.modules:
-        return None
-    from simulation.engines.forkserver import ForkServer
-
-    try:
-        return ForkServer()
-    except (AttributeError, OSError):  # no pidfds or Unix sockets, or a path too long for a socket
-        return None
-
-
 @contextlib.contextmanager
-def open_engine(
-    kind: str, config: RunConfig, forks: "ForkServer | None"
-) -> "Iterator[SimulationGrid]":
+def open_engine(kind: str, config: RunConfig) -> "Iterator[SimulationGrid]":
     """Open the Grid of a simulation.
 
     Args:
         kind: ``ray`` or ``inline``.
         config: The run; this function reads its engine keys and its run directory.
-        forks: What `load` yields for the same run.
     """
     from fedlora.data import records
 
@@ -227,7 +189,6 @@ def open_engine(
                 threads=settings.threads,
                 gpus=settings.gpus,
                 log=log,
-                forks=forks,
             ),
             costs=_costs(config, federation),
         ) as grid:

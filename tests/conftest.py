@@ -162,8 +162,8 @@ def simulate_run():
 
     def go(config, engine="inline"):
         with (
-            run.load(engine, config) as ready,
-            run.open_engine(engine, config, ready) as grid,
+            run.load(engine, config),
+            run.open_engine(engine, config) as grid,
         ):
             run.run_rounds(config, grid)
         return json.loads((Path(config.run_dir) / "result.json").read_text())

@@ -214,8 +214,8 @@ def _train(
     transcript: Transcript | None = None,
 ) -> None:
     with (
-        load(engine, config) as forks,
-        open_engine(engine, config, forks) as grid,
+        load(engine, config),
+        open_engine(engine, config) as grid,
     ):
         if transcript is not None:
             transcript.watch(grid)

@@ -1,33 +1,28 @@
 """Simulation on Ray actors: each worker process keeps the base model for all its institutions.
 
-The global adapter, which all messages of a round share, is put into the object store once. Replies
-are returned as they arrive. The grid replaces a worker that dies or exceeds its time limit. It
-retries an institution whose worker died once, then reports the institution as failed.
+Records and base weights are mapped from files, so that workers share their pages. The global
+adapter, which all messages of a round share, lies once in Ray's object store. The grid replaces a
+worker that dies or exceeds its time limit. It retries an institution whose worker died once, then
+reports the institution as failed.
 """
 
 import collections
 import contextlib
-import functools
-import gc
 import heapq
 import importlib
 import logging
 import math
 import os
-import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from flwr.app import Context, Message, RecordDict
-from ray._private import parameter, services
-from ray._private.node import Node
-from ray._private.state import GlobalState
 from ray.exceptions import RayError, RayTaskError
 
 from fedlora import logs
@@ -37,7 +32,6 @@ from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
 from fedlora.wire import wire
 from server.exchange import TIMEOUT, WORKER_DIED
 from server.roster import UNTIMED_TOGETHER
-from simulation.engines.forkserver import ForkServer
 from simulation.engines.grid import (
     RUN_ID,
     SimulationGrid,
@@ -49,12 +43,9 @@ from simulation.engines.grid import (
 
 log = logging.getLogger("fedlora.simulation")
 
-LOOPBACK = "127.0.0.1"
-MAX_CACHED_RECORDS = 2  # shared records of earlier pushes that a worker keeps
-MAX_QUEUED_CALLS = 2  # short calls queued at a worker, so that it never waits for the driver
-SHORT_CALL_SECONDS = 0.5
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
 MAX_ATTEMPTS = 2
-STARTUP_SECONDS = 60.0  # added to the time limit of a new worker's first call
+STARTUP_SECONDS = 60.0  # added to the time limit of a worker's first call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +57,12 @@ class WorkerSpec:
         threads: Torch threads, and cores, of a worker.
         gpus: The share of a GPU that a worker takes.
         log: A file for the institutions' own messages; empty for none.
-        forks: The fork server that makes the workers on this machine. None: workers start as new
-            processes and import by themselves.
     """
 
     count: int
     threads: int
     gpus: float = 0.0
     log: str = ""
-    forks: ForkServer | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,12 +72,10 @@ class _Job:
     message: Message
     context: Context
     cost: float  # the node's expected work, relative to other nodes
-    shared: int | None  # number of the shared record that the worker puts back into the message
-    shared_key: str | None
-    seconds: float  # duration of the node's last message of this type; 0 if unknown
+    key: str | None  # of the record that is shared with other messages
+    shared: Any  # the reference to that record in the object store
     adapter_bytes: int
     attempts: int = 0
-    failed: bool = False
 
 
 @dataclass(kw_only=True)
@@ -97,27 +83,14 @@ class _Call:
     """Messages that a worker gets at once. If the worker dies, each is retried by itself."""
 
     jobs: list[_Job]
-    started: float = 0.0
-
-    @property
-    def is_retry(self) -> bool:
-        """Whether a worker died on one of these messages. A retry has a worker to itself.
-
-        A dying worker can lose the reply of the call before. With two calls at a worker, the
-        grid could not tell which call ended it.
-        """
-        return any(job.failed for job in self.jobs)
-
-    @property
-    def seconds(self) -> float:
-        """Expected duration: the sum of the nodes' last durations."""
-        return sum(job.seconds for job in self.jobs)
+    worker: Any = None
+    deadline: float = 0.0
 
     @property
     def limit(self) -> float:
-        """Time limit in seconds: that of one message, or where durations are unknown of all."""
-        limits = [job.message.metadata.ttl for job in self.jobs]
-        return min(limits) if self.seconds else sum(limits)
+        """Time limit in seconds: all messages', but no more than the server has patience for."""
+        each = min(job.message.metadata.ttl for job in self.jobs)
+        return min(len(self.jobs), UNTIMED_TOGETHER) * each
 
 
 class _Worker:
@@ -132,29 +105,23 @@ class _Worker:
     def __init__(self, app: str, log: str, run_config: Mapping[str, Any]) -> None:
         identify()
         self._run_config = dict(run_config)
-        self._records: dict[int, Any] = {}
         if log:
             logging.getLogger("fedlora").addHandler(logs.to_file(log))
         module, _, name = app.partition(":")
         with paused_gc():
             self._app = getattr(importlib.import_module(module), name)
-        gc.freeze()
 
     def pid(self) -> int:
         return os.getpid()
 
-    def store_shared(self, numbers: list[int], *records: Any) -> None:
-        """Keep shared records for the next messages, and drop old ones."""
-        self._records = {
-            n: r for n, r in self._records.items() if n >= numbers[0] - MAX_CACHED_RECORDS
-        }
-        self._records.update(zip(numbers, records, strict=True))
-
-    def handle(self, work: bytes) -> bytes:
+    def handle(
+        self, work: Sequence[tuple[Message, Any, RecordDict, str | None]], *shared: Any
+    ) -> list[tuple[Message, RecordDict | None]]:
+        """Answer messages; ``shared`` has the record of each that another message has too."""
         calls: list[tuple[Message, Context]] = []
-        for message, node_config, state, key, shared in pickle.loads(work):
-            if key is not None and shared is not None:
-                message.content[key] = self._records[shared]
+        for (message, node_config, state, key), record in zip(work, shared, strict=True):
+            if key is not None:
+                message.content[key] = record
             context = Context(
                 run_id=RUN_ID,
                 node_id=message.metadata.dst_node_id,
@@ -165,12 +132,10 @@ class _Worker:
             calls.append((message, context))
         replies = call_together(self._app, calls)
         trim_heap()
-        return pickle.dumps(
-            [
-                (reply, context.state if len(context.state) else None)
-                for reply, (_, context) in zip(replies, calls, strict=True)
-            ]
-        )
+        return [
+            (reply, context.state if len(context.state) else None)
+            for reply, (_, context) in zip(replies, calls, strict=True)
+        ]
 
 
 class RayGrid(SimulationGrid):
@@ -184,7 +149,7 @@ class RayGrid(SimulationGrid):
         run_config: Flower's run config.
         workers: The worker processes.
         costs: The expected work of each institution's messages, above 0 in any unit; empty for
-            equal costs. The duration of a call is attributed to its messages in proportion.
+            equal costs.
     """
 
     def __init__(
@@ -197,76 +162,62 @@ class RayGrid(SimulationGrid):
         costs: Sequence[float] = (),
     ) -> None:
         super().__init__(institutions, run_config)
-        self._forks = workers.forks
         self._costs = dict(zip(self.get_node_ids(), costs, strict=True)) if costs else {}
-        environment: dict[str, Any] = {"env_vars": ENVIRONMENT | LIBRARIES}
-        if workers.forks is not None:
-            environment["py_executable"] = workers.forks.py_executable
         count = min(_max_workers(workers.threads, workers.gpus), institutions)
-        count = min(workers.count, count) if workers.count else count
-        self._start_worker = (
-            ray.remote(_Worker)
-            .options(
-                num_cpus=workers.threads,
-                num_gpus=workers.gpus,
-                max_restarts=0,
-                runtime_env=environment,
-            )
-            .remote
+        self._count = min(workers.count, count) if workers.count else count
+        self._actor: Any = ray.remote(_Worker).options(
+            num_cpus=workers.threads,
+            num_gpus=workers.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": ENVIRONMENT | LIBRARIES},
         )
         self._arguments = (app, workers.log, dict(run_config))
-        self._workers: list[Any] = [self._start_worker(*self._arguments) for _ in range(count)]
-        self._seconds: dict[tuple[int, str], float] = {}  # node, type -> duration of the last one
-        self._record_count = 0  # shared records so far
-        self._shared: dict[int, Any] = {}  # number -> reference in the object store
         self._queue: collections.deque[_Call] = collections.deque()
-        self._running: dict[Any, tuple[int, _Call]] = {}  # reference -> worker, call
-        self._at_worker: list[collections.deque[Any]] = [collections.deque() for _ in range(count)]
-        self._failed_starts: set[int] | None = set()  # None once a worker has started
-        self._new = set(range(count))  # workers without a reply so far
-        self._starting = {w.pid.remote(): i for i, w in enumerate(self._workers)}  # no answer yet
+        self._running: dict[Any, _Call] = {}  # by the reference to the replies
+        self._idle: list[Any] = []
+        self._new: set[Any] = set()  # workers without a reply so far
+        self._starting: dict[Any, Any] = {}  # by the reference to their pid
+        self._failed_starts: int | None = 0  # None once a worker has started
+        for _ in range(self._count):
+            self._start_worker()
+
+    @property
+    def workers(self) -> list[Any]:
+        """The actors of all workers, also of those that start."""
+        busy = [call.worker for call in self._running.values()]
+        return [*self._idle, *busy, *self._starting.values()]
 
     def __enter__(self) -> "RayGrid":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             ray.kill(worker)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages. Their shared record goes into the object store, and to a worker, once."""
-        numbers: dict[int, int] = {}  # id of a record -> its number
-        fresh: dict[int, Any] = {}
+        """Queue messages. Their shared record goes into the object store once."""
+        stored: dict[int, Any] = {}  # by the id of the record
         jobs: list[_Job] = []
         for message in messages:
             set_message_id(message)
-            key = wire.share_key(message)
+            key, node = wire.share_key(message), message.metadata.dst_node_id
             shared = None
             if key is not None:
                 record = message.content[key]
-                if id(record) not in numbers:
-                    numbers[id(record)] = self._record_count
-                    fresh[self._record_count] = ray.put(record)
-                    self._record_count += 1
-                shared = numbers[id(record)]
-            jobs.append(
-                _Job(
-                    message=message if key is None else _without(message, key),
-                    context=self._contexts[message.metadata.dst_node_id],
-                    cost=self._costs.get(message.metadata.dst_node_id, 1.0),
-                    shared=shared,
-                    shared_key=key,
-                    seconds=self._seconds.get(_timing_key(message), 0.0),
-                    adapter_bytes=wire.adapter_bytes(message.content),
-                )
+                if id(record) not in stored:
+                    stored[id(record)] = ray.put(record)
+                shared = stored[id(record)]
+            job = _Job(
+                message=message if key is None else _without(message, key),
+                context=self._contexts[node],
+                cost=self._costs.get(node, 1.0),
+                key=key,
+                shared=shared,
+                adapter_bytes=wire.adapter_bytes(message.content),
             )
-        if fresh:
-            oldest = min(fresh) - MAX_CACHED_RECORDS
-            self._shared = {n: r for n, r in self._shared.items() if n >= oldest} | fresh
-            for index in self._started():
-                self._workers[index].store_shared.remote(list(fresh), *fresh.values())
-        self._queue.clear()  # no caller waits for the messages of an earlier push
-        self._queue.extend(_group(jobs, len(self._workers)))
+            jobs.append(job)
+        # no caller waits for the messages of an earlier push
+        self._queue = collections.deque(_group(jobs, self._count))
         self._begin_exchange([job.message for job in jobs])
         self._dispatch()
         return [job.message.metadata.message_id for job in jobs]
@@ -275,174 +226,93 @@ class RayGrid(SimulationGrid):
         """Return the replies that have arrived; wait up to 0.1 s for the first.
 
         Raises:
-            ChildProcessError: If the fork server of the workers has ended, or no worker can start.
+            ChildProcessError: If no worker can start.
         """
-        if self._forks is not None:
-            self._forks.check()
         replies: list[Message] = []
-        if self._running:
-            ready, _ = ray.wait(
-                list(self._running),
-                num_returns=min(len(self._running), 64),
-                timeout=0.0,
-                fetch_local=False,
-            )
-            if not ready:
-                ready, _ = ray.wait(
-                    list(self._running), num_returns=1, timeout=0.1, fetch_local=False
-                )
-            for reference in ready:
-                if reference in self._running:
+        if waiting := [*self._running, *self._starting]:
+            for reference in ray.wait(waiting, num_returns=1, timeout=0.1)[0]:
+                if reference in self._starting:
+                    self._admit(reference)
+                else:
                     replies += self._collect(reference)
-            replies += self._end_overdue()
-        self._admit()
+        now = time.monotonic()
+        for reference in [r for r, call in self._running.items() if call.deadline < now]:
+            replies += self._replace(reference, TIMEOUT)
         self._dispatch()
         for reply in replies:
             set_message_id(reply)
         self.answered += len(replies)
         return replies
 
-    def _started(self) -> list[int]:
-        """The numbers of the workers that have answered."""
-        starting = self._starting.values()
-        return [index for index in range(len(self._workers)) if index not in starting]
+    def _start_worker(self) -> None:
+        worker = self._actor.remote(*self._arguments)
+        self._new.add(worker)
+        self._starting[worker.pid.remote()] = worker
 
-    def _admit(self) -> None:
-        """Count in the workers that have started, or cannot start; wait for one if none works."""
-        if not self._starting:
-            return
-        ready, _ = ray.wait(
-            list(self._starting),
-            num_returns=len(self._starting) if self._running else 1,
-            timeout=0.0 if self._running else 0.1,
-        )
-        for reference in ready:
-            index = self._starting.pop(reference)
-            self._count_start(index, reference)
-            if self._shared:
-                self._workers[index].store_shared.remote(list(self._shared), *self._shared.values())
-
-    def _count_start(self, index: int, reference: Any) -> None:
-        """Log why a worker could not start. Raises a ChildProcessError where none ever could."""
+    def _admit(self, reference: Any) -> None:
+        """Count in a worker that has started. Raises a ChildProcessError where none ever could."""
+        worker = self._starting.pop(reference)
         try:
             ray.get(reference)
-            self._failed_starts = None
         except RayError as error:
             log.warning("a worker could not start: %s", _cause(error))
-            if self._failed_starts is None:
-                return
-            self._failed_starts.add(index)
-            if len(self._failed_starts) == len(self._workers):
-                raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
+            if self._failed_starts is not None:
+                self._failed_starts += 1
+                if self._failed_starts == self._count:
+                    raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
+        else:
+            self._failed_starts = None
+            self._idle.append(worker)
 
     def _dispatch(self) -> None:
-        """Send calls to idle workers, and queue short calls behind a running one."""
-        started = self._started()
-        for depth in range(1, MAX_QUEUED_CALLS + 1):
-            for index in started:
-                calls = self._at_worker[index]
-                if not self._queue or (
-                    depth > 1 and not 0 < self._queue[0].seconds <= SHORT_CALL_SECONDS
-                ):
-                    return
-                if len(calls) >= depth:
-                    continue
-                if calls and (self._queue[0].is_retry or self._running[calls[0]][1].is_retry):
-                    continue
-                todo = self._queue.popleft()
-                for job in todo.jobs:
-                    job.attempts += 1
-                reference = self._workers[index].handle.remote(
-                    # plain pickle, because Ray's serialisation takes several times as long
-                    pickle.dumps(
-                        [
-                            (
-                                job.message,
-                                job.context.node_config,
-                                job.context.state,
-                                job.shared_key,
-                                job.shared,
-                            )
-                            for job in todo.jobs
-                        ]
-                    )
-                )
-                if not calls:
-                    todo.started = time.monotonic()
-                calls.append(reference)
-                self._running[reference] = (index, todo)
+        """Send calls to idle workers."""
+        while self._queue and self._idle:
+            call, worker = self._queue.popleft(), self._idle.pop()
+            for job in call.jobs:
+                job.attempts += 1
+            work = [(j.message, j.context.node_config, j.context.state, j.key) for j in call.jobs]
+            call.worker = worker
+            call.deadline = time.monotonic() + call.limit + STARTUP_SECONDS * (worker in self._new)
+            self._running[worker.handle.remote(work, *(job.shared for job in call.jobs))] = call
 
     def _collect(self, reference: Any) -> list[Message]:
         """Return the replies of a finished call; none if its worker or its result is lost.
 
         Such a call is retried. An institution that had answered gives its stored answer again.
         """
-        index, done = self._running.pop(reference)
-        replies: list[tuple[Message, RecordDict | None]]
+        call = self._running[reference]
         try:
-            replies = pickle.loads(ray.get(reference))
+            replies = ray.get(reference)
         except RayTaskError:
-            replies = [(error_reply(job.message, 2, "worker"), None) for job in done.jobs]
+            replies = [(error_reply(job.message, 2, "worker"), None) for job in call.jobs]
         except RayError as error:
             log.warning("a worker ended: %s", _cause(error))
-            return self._replace(index, reference, done, WORKER_DIED)
-        self._new.discard(index)
-        seconds, expected = time.monotonic() - done.started, done.seconds
-        self._at_worker[index].remove(reference)
-        if self._at_worker[index]:
-            _, following = self._running[self._at_worker[index][0]]
-            following.started = time.monotonic()
-        costs = sum(job.cost for job in done.jobs)
-        for job, (_, state) in zip(done.jobs, replies, strict=True):
-            share = job.seconds / expected if expected else job.cost / costs
-            self._seconds[_timing_key(job.message)] = seconds * share
+            return self._replace(reference, WORKER_DIED)
+        del self._running[reference]
+        self._new.discard(call.worker)
+        self._idle.append(call.worker)
+        for job, (_, state) in zip(call.jobs, replies, strict=True):
             if state is not None:
                 job.context.state = state
         return [reply for reply, _ in replies]
 
-    def _end_overdue(self) -> list[Message]:
-        """Replace workers whose call exceeds its time limit; return the error replies."""
-        now = time.monotonic()
-        replies: list[Message] = []
-        for index, calls in enumerate(self._at_worker):
-            if calls and calls[0] in self._running:
-                _, late = self._running[calls[0]]
-                limit = late.limit + (STARTUP_SECONDS if index in self._new else 0.0)
-                if late.started and now - late.started > limit:
-                    for job in late.jobs:  # a hanging institution would hang again
-                        job.attempts += 1
-                    del self._running[calls[0]]
-                    replies += self._replace(index, calls[0], late, TIMEOUT)
-        return replies
+    def _replace(self, reference: Any, code: int) -> list[Message]:
+        """Start a new worker in place of a dead or late one, and retry its messages one by one.
 
-    def _replace(self, index: int, reference: Any, lost: _Call, code: int) -> list[Message]:
-        """Start a new worker in place of a dead one.
+        Where its machine was lost there may be no place for the new worker until another machine
+        joins. It gets work once it answers.
 
-        Where its machine was lost there may be no place for it until another machine joins. It gets
-        work once it answers.
-
-        The running call is split into its messages. A single message is retried, or reported after
-        `MAX_ATTEMPTS`. A queued call had not begun and is queued again.
+        Returns:
+            An error in place of a message's last attempt, if it was alone in its call.
         """
-        ray.kill(self._workers[index])
-        self._workers[index] = self._start_worker(*self._arguments)
-        self._new.add(index)
-        self._starting[self._workers[index].pid.remote()] = index
-        # A queued call may report the death before the running call does.
-        calls = [
-            lost if r == reference else self._running.pop(r)[1] for r in self._at_worker[index]
-        ]
-        self._at_worker[index].clear()
-        ran, *behind = calls
-        for waiting in reversed(behind):
-            waiting.started = 0.0
-            for job in waiting.jobs:
-                job.attempts -= 1
-            self._queue.appendleft(waiting)
-        if len(ran.jobs) == 1 and ran.jobs[0].attempts >= MAX_ATTEMPTS:
-            return [error_reply(ran.jobs[0].message, code, "ended")]
-        for job in reversed(ran.jobs):
-            job.failed = True
+        call = self._running.pop(reference)
+        ray.kill(call.worker)
+        self._new.discard(call.worker)
+        self._start_worker()
+        last = MAX_ATTEMPTS if code == WORKER_DIED else 1  # one that hangs would hang again
+        if len(call.jobs) == 1 and call.jobs[0].attempts >= last:
+            return [error_reply(call.jobs[0].message, code, "ended")]
+        for job in reversed(call.jobs):
             self._queue.appendleft(_Call(jobs=[job]))
         return []
 
@@ -452,42 +322,20 @@ def _cause(error: RayError) -> str:
     return str(error).strip().rpartition("\n")[2].strip()
 
 
-def _timing_key(message: Message) -> tuple[int, str]:
-    """Return the node and type of a message. Messages with equal keys take about equally long."""
-    return message.metadata.dst_node_id, message.metadata.message_type
-
-
 def _group(jobs: list[_Job], workers: int) -> list[_Call]:
-    """Group jobs into calls of about equal duration, the longest first.
-
-    Few untimed messages share a call, because their duration is unknown. The timed messages of a
-    call take at most half the time limit of one message, so that a hanging one is noticed in time.
-    """
-    untimed = [job for job in jobs if not job.seconds]
-    most = math.ceil(len(untimed) / workers) or 1
-    most = min(most, UNTIMED_TOGETHER, fitting(job.adapter_bytes for job in untimed))
-    calls = _balance(untimed, math.ceil(len(untimed) / most), most, lambda job: job.cost)
-    timed = [job for job in jobs if job.seconds]
-    if timed:
-        shortest = min(job.message.metadata.ttl for job in timed) / 2
-        most = fitting(job.adapter_bytes for job in timed)
-        needed = max(len(timed) / most, sum(job.seconds for job in timed) / shortest)
-        count = min(len(timed), workers * math.ceil(max(1, needed / workers)))
-        shares = _balance(timed, count, most, lambda job: job.seconds)
-        calls += sorted(shares, key=lambda c: -c.seconds)
-    return calls
-
-
-def _balance(jobs: list[_Job], count: int, most: int, size: Callable[[_Job], float]) -> list[_Call]:
-    """Distribute jobs over up to ``count`` calls of about equal size and at most ``most`` jobs."""
-    shares = [_Call(jobs=[]) for _ in range(count)]
+    """Group jobs into as few calls of about equal cost as fit, the same number for each worker."""
+    if not jobs:
+        return []
+    most = fitting(job.adapter_bytes for job in jobs)
+    count = min(len(jobs), workers * math.ceil(len(jobs) / (most * workers)))
+    calls = [_Call(jobs=[]) for _ in range(count)]
     heap = [(0.0, number) for number in range(count)]
-    for job in sorted(jobs, key=size, reverse=True):
+    for job in sorted(jobs, key=lambda job: -job.cost):
         total, number = heapq.heappop(heap)
-        shares[number].jobs.append(job)
-        if len(shares[number].jobs) < most:
-            heapq.heappush(heap, (total + size(job), number))
-    return [share for share in shares if share.jobs]
+        calls[number].jobs.append(job)
+        if len(calls[number].jobs) < most:
+            heapq.heappush(heap, (total + job.cost, number))
+    return [call for call in calls if call.jobs]
 
 
 def _max_workers(threads: int, gpus: float) -> int:
@@ -524,7 +372,7 @@ def _without(message: Message, key: str) -> Message:
 
 @contextlib.contextmanager
 def started(address: str, cores: int) -> Iterator[None]:
-    """Run Ray until the block ends: join a cluster, or start Ray on this machine.
+    """Run Ray until the block ends: join a cluster, or start Ray on this machine's loopback.
 
     The main thread must enter the block: Ray's processes end with the thread that started them.
 
@@ -536,7 +384,6 @@ def started(address: str, cores: int) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # the grid starts its own
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
@@ -552,47 +399,13 @@ def started(address: str, cores: int) -> Iterator[None]:
             )
             directory = stack.enter_context(made)
             stack.callback(ray.shutdown)  # also of a Ray that started in part
-            with _locally():
-                ray.init(
-                    num_cpus=cores,
-                    include_dashboard=False,
-                    object_store_memory=512 * 2**20,
-                    _node_ip_address=LOOPBACK,
-                    _temp_dir=f"{directory}/ray",
-                    **quiet,
-                )
+            ray.init(
+                num_cpus=cores,
+                include_dashboard=False,
+                object_store_memory=512 * 2**20,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=f"{directory}/ray",
+                **quiet,
+            )
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it
         yield
-
-
-@contextlib.contextmanager
-def _locally() -> Iterator[None]:
-    """Have Ray start on the loopback, without log monitor, autoscaler monitor and web server.
-
-    Ray would listen on every address of the machine, and replaces the loopback's by the machine's.
-    Each of the three services is a Python process that costs memory, and a second at the end. Ray
-    also polls for its own node once per second; here it polls every 20 ms. ``ray.init`` has no
-    argument for any of this, so four private names are replaced while Ray starts.
-    """
-    params, serve, get = parameter.RayParams, Node.start_api_server, services.get_node
-    resolve = services.resolve_ip_for_localhost
-    without: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
-
-    def get_node(gcs_address: str, node_id: str) -> Any:
-        nodes = GlobalState()
-        nodes._initialize_global_state(services._get_gcs_client_options(gcs_address))
-        for _ in range(100):
-            if any(node["NodeID"] == node_id for node in nodes.node_table()):
-                break
-            time.sleep(0.02)
-        return get(gcs_address, node_id)
-
-    parameter.RayParams = functools.partial(params, **without)
-    Node.start_api_server = lambda *_, **__: None
-    services.get_node = get_node
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        parameter.RayParams, Node.start_api_server, services.get_node = params, serve, get
-        services.resolve_ip_for_localhost = resolve

@@ -98,7 +98,7 @@ def test_inline_and_ray_with_one_and_three_workers_give_identical_adapters(
         return final_adapter(config)
 
     inline = made("inline", 1, simulate_run)
-    assert same_adapters(inline, made("one", 1, simulate_on_ray, forked=False))
+    assert same_adapters(inline, made("one", 1, simulate_on_ray))
     assert same_adapters(inline, made("three", 3, simulate_on_ray))
 
 
@@ -214,7 +214,7 @@ def test_a_run_that_failed_in_its_last_round_is_not_completed_by_a_resume(
 def test_two_processes_do_not_play_one_run(tiny_config, simulate_run):
     config = tiny_config(**{"federation.rounds": 1})
     simulate_run(config)
-    with run.load("inline", config) as ready, run.open_engine("inline", config, ready) as grid:
+    with run.load("inline", config), run.open_engine("inline", config) as grid:
         with pytest.raises(InputError, match="another process began a run in"):
             run.run_rounds(config, grid, resumed=False)
         with pytest.raises(InputError, match="completed the run in"):
@@ -330,8 +330,8 @@ def test_a_killed_worker_is_replaced_and_its_institution_tried_again(
     simulate_run(calm)
     config = calm.replace({"run-dir": str(tmp_path / "run"), "engine.workers": 2})
     with (
-        run.load("ray", config) as ready,
-        run.open_engine("ray", config, ready) as grid,
+        run.load("ray", config),
+        run.open_engine("ray", config) as grid,
     ):
         victims = worker_pids(grid)
 

@@ -235,8 +235,8 @@ def test_the_scores_of_a_view_depend_on_its_sums_and_on_no_vector_in_them(tiny_c
     config = tiny_config(**SECURE, **{"federation.rounds": 2})
     transcript = Transcript(folder=tmp_path / "transcript")
     with (
-        load("inline", config) as ready,
-        open_engine("inline", config, ready) as grid,
+        load("inline", config),
+        open_engine("inline", config) as grid,
     ):
         transcript.watch(grid)
         run_rounds(config, grid)

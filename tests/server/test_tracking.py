@@ -103,7 +103,7 @@ def test_institutions_of_a_simulation_do_not_get_the_tracking_section(
 
     monkeypatch.setattr(module, name, take)
     config = tiny_config(**{"tracking.mlflow": "http://inside:5000"})
-    with pytest.raises(Taken), run.open_engine(engine, config, None):
+    with pytest.raises(Taken), run.open_engine(engine, config):
         pass
     assert not any(key.startswith("tracking.") for key in given[0])
     assert given == [config.shared()]

@@ -1,6 +1,5 @@
 """How a run starts."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -26,33 +25,6 @@ heavy = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "scipy
 print(sorted(heavy & set(sys.modules)))
 """
 
-FORKED = """
-import os, sys
-from pathlib import Path
-import psutil
-from cli.simulation_commands import _resolve
-from simulation import run
-from fedlora.data import data
-from fedlora.models import models
-config = _resolve(Path(sys.argv[1]), {}, Path(sys.argv[2]), None)
-owner = os.getpid()
-def noted(module, name):
-    inner = getattr(module, name)
-    def outer(*arguments, **options):
-        with open(sys.argv[3], "a") as file:
-            print(name, os.getpid() == owner, file=file)
-        return inner(*arguments, **options)
-    setattr(module, name, outer)
-noted(models, "load_base")
-noted(data, "prepare")
-with run.load("ray", config) as ready, run.open_engine("ray", config, ready) as grid:
-    run.run_rounds(config, grid)
-    import ray
-    pids = ray.get([worker.pid.remote() for worker in grid._workers])
-    above = [[pid, *(p.pid for p in psutil.Process(pid).parents())] for pid in pids]
-    print(owner, *(",".join(map(str, pids)) for pids in above))
-"""
-
 
 def test_paths_of_a_run_begin_at_the_home_directory_and_not_where_it_starts(
     tiny_config, tmp_path, monkeypatch
@@ -74,26 +46,6 @@ def test_paths_of_a_run_begin_at_the_home_directory_and_not_where_it_starts(
     }
     with pytest.raises(InputError, match="'~no-such-user/x' begins with the home directory"):
         placed(tiny_config(**{"privacy.ledger": "~no-such-user/x"}), tmp_path / "out")
-
-
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_workers_are_forks_that_have_base_model_and_records_already(threads, tiny_config, tmp_path):
-    """What a worker holds it shares with the process that started the run, with any torch threads.
-
-    The server has that process's one model too.
-    """
-    values = {"engine.workers": 2, "federation.rounds": 1}
-    config = tiny_config(**values, **{"privacy.epsilon": float("inf")})
-    (tmp_path / "x.toml").write_text(config.to_toml())
-    arguments = [sys.executable, "-c", FORKED, tmp_path / "x.toml", tmp_path / "out"]
-    arguments.append(tmp_path / "loads")
-    many = {**os.environ, "OMP_NUM_THREADS": threads}
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=many)
-    owner, *workers = done.stdout.split()
-    assert len(workers) == 2
-    assert all(ancestors.split(",")[2] == owner for ancestors in workers)
-    loads = (tmp_path / "loads").read_text().splitlines()
-    assert sorted(loads) == ["load_base True", "prepare True"]
 
 
 def test_a_run_in_one_process_loads_the_model_once_with_any_torch_threads(

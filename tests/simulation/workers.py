@@ -4,4 +4,4 @@ import ray
 
 
 def worker_pids(grid):
-    return ray.get([worker.pid.remote() for worker in grid._workers])
+    return ray.get([worker.pid.remote() for worker in grid.workers])

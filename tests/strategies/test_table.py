@@ -36,7 +36,7 @@ from fedlora.config.config import from_flat
 from simulation import run
 for values in json.loads(sys.argv[1]):
     config = from_flat(values)
-    with run.load("inline", config) as ready, run.open_engine("inline", config, ready) as grid:
+    with run.load("inline", config), run.open_engine("inline", config) as grid:
         run.run_rounds(config, grid)
 """
 """Runs configurations with the rooms of the working directory."""

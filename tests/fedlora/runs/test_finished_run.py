@@ -117,7 +117,7 @@ def finished(directory, **values):
             **values,
         }
     )
-    with run.load("inline", made) as ready, run.open_engine("inline", made, ready) as grid:
+    with run.load("inline", made), run.open_engine("inline", made) as grid:
         run.run_rounds(made, grid)
     return directory
 
