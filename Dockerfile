@@ -15,7 +15,6 @@ COPY strategies strategies
 COPY simulation simulation
 COPY deployment deployment
 COPY experiments experiments
-COPY library library
 COPY cli cli
 # A checkout made under umask 027 is closed to the image's user.
 RUN chmod -R a+rX /app

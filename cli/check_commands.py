@@ -8,7 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from cli.simulation_commands import Accept
-from experiments import ready
+from fedlora.config import ready
 from fedlora.config.config import accepting, load, parse_overrides
 from fedlora.rounding import at_least
 from fedlora.runs.run_files import finite, said_of_head

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
-from experiments import ready
+from fedlora.config import ready
 from fedlora.config.config import RunConfig, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.extras import require_page_packages

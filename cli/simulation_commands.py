@@ -11,8 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
-from experiments import ready
-from fedlora.config import config_schema
+from fedlora.config import config_schema, ready
 from fedlora.config.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.runs.run_files import CONFIG, finite

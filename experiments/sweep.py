@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import ready, results
+from experiments import results
 from experiments.results import EPSILON
 from fedlora.config import config as configs
-from fedlora.config import plugins
+from fedlora.config import plugins, ready
 from fedlora.config.config import SECTIONS, PrivacyConfig, RunConfig, check_values, from_flat
 from fedlora.data import records
 from fedlora.errors import InputError

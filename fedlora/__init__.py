@@ -15,8 +15,8 @@ from typing import Any
 __version__ = "0.2.0"
 
 _NAMES = {
-    "run": "library.run",
-    "Result": "library.result",
+    "run": "simulation.federate",
+    "Result": "simulation.result",
     "load": "fedlora.config.config",
     "RunConfig": "fedlora.config.config",
     "ModelConfig": "fedlora.config.config",
@@ -45,7 +45,6 @@ ROOMS = (
     "client",
     "deployment",
     "experiments",
-    "library",
     "server",
     "simulation",
     "strategies",

@@ -12,9 +12,9 @@ from fedlora.config.config import load as load
 from fedlora.errors import InputError as InputError
 from fedlora.models.adapters import AdapterState as AdapterState
 from fedlora.models.metrics import Predictions as Predictions
-from library.result import Result as Result
-from library.run import run as run
 from server.roster import RunFailed as RunFailed
+from simulation.federate import run as run
+from simulation.result import Result as Result
 from strategies.base import Round as Round
 from strategies.base import Strategy as Strategy
 from strategies.collected import Collected as Collected

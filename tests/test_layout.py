@@ -19,7 +19,6 @@ ALLOWED = {
     "simulation": {"server", "strategies", "client", "fedlora"},
     "deployment": {"server", "strategies", "client", "fedlora"},
     "experiments": {"simulation", "server", "strategies", "client", "fedlora"},
-    "library": {"experiments", "simulation", "server", "strategies", "client", "fedlora"},
     "cli": {"deployment", "experiments", "simulation", "server", "strategies", "client", "fedlora"},
 }
 """Each package and the packages that its files may import."""

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution
 
-from experiments import ready
-from fedlora.config import config, config_schema, starter
+from fedlora.config import config, config_schema, ready, starter
 from fedlora.config.config import from_flat, load
 from tests.cli.test_main import invoke, refused
 from tests.messy import TINY, write_messy

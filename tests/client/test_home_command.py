@@ -26,8 +26,8 @@ from fedlora.privacy.composition import Event
 from fedlora.runs import finished_run
 from fedlora.wire import released, wire
 from fedlora.wire.messages import Release
-from library.result import Result
 from simulation.engines.grid import identify
+from simulation.result import Result
 from tests.samples import write_csv
 
 LABELS = ["card", "fraud", "loan"]

@@ -24,7 +24,7 @@ from fedlora.models.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
 from fedlora.rounding import at_most
 from fedlora.runs.run_files import read_run_file
-from library.result import Result
+from simulation.result import Result
 from server import verification
 from server.start import origins, start_adapter
 from simulation import run

@@ -4,10 +4,9 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Literal, cast
 
-from experiments import ready
-from fedlora.config import plugins
+from fedlora.config import plugins, ready
 from fedlora.config.config import RunConfig, from_flat, load
 from fedlora.data import records, rows, sources, tables
 from fedlora.data.tables import Table
@@ -15,9 +14,9 @@ from fedlora.errors import InputError
 from fedlora.files import expanded
 from fedlora.startup import quiet_libraries
 from fedlora.terminal import Terminal
-from library.keywords import OWN, Keywords, overrides
-from library.result import Result
+from simulation.keywords import OWN, overrides
 from simulation.place import placed
+from simulation.result import Result
 from simulation.run import simulate
 
 Record = Mapping[str, Any]
@@ -34,7 +33,7 @@ def run(
     out: str | Path | None = None,
     engine: Literal["inline", "ray"] = "inline",
     progress: bool = True,
-    **keywords: Unpack[Keywords],
+    **keywords: Any,
 ) -> Result:
     """Simulate a federation and return its result, as ``fedlora run`` does it.
 

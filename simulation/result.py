@@ -12,7 +12,6 @@ from typing import Any
 from fedlora.config.config import RunConfig, load
 from fedlora.data import rows, tables
 from fedlora.errors import InputError, RecordError
-from fedlora.extras import require_page_packages
 from fedlora.files import expanded
 from fedlora.rounding import at_most, number
 from fedlora.runs import finished_run
@@ -137,20 +136,6 @@ class Result:
             log.warning("%s of %s texts were longer than %s tokens, and lost their end",
                         found["truncated"], len(texts), found["max_length"])  # fmt: skip
         return found["answers"]
-
-    def report(self) -> Path:
-        """Write ``report.html``, one self-contained page, and return its path.
-
-        Raises:
-            InputError: If the packages that draw it are not installed.
-        """
-        require_page_packages("report.html")
-        from experiments import report
-        from server import tracking
-
-        page = report.write(self.directory)
-        tracking.add_report(self.config, self.figures["run"], page)
-        return page
 
     def __repr__(self) -> str:
         if not self.directory.exists():

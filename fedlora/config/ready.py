@@ -4,10 +4,12 @@ from pathlib import Path
 
 from fedlora.errors import InputError
 
+_PLACE = Path(__file__).parents[2] / "experiments"
+
 
 def names(kind: str = "configs") -> list[str]:
     """The names of the ready configurations, or of the ready sweeps (``sweeps``)."""
-    folder = Path(__file__).with_name(kind)
+    folder = _PLACE / kind
     return sorted(str(f.relative_to(folder).with_suffix("")) for f in folder.rglob("*.toml"))
 
 
@@ -28,4 +30,4 @@ def locate(path: Path, kind: str = "configs") -> Path:
             f"cannot read the config {path}: there is no such file, and no ready one has this "
             f"name; give the path of a TOML file, or one of {', '.join(names(kind))}"
         )
-    return Path(__file__).with_name(kind) / f"{path}.toml"
+    return _PLACE / kind / f"{path}.toml"
