@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import AdapterState, InputError, Predictions, Round, collect, run
+from fedlora import AdapterState, Collected, InputError, Predictions, Round, run
 from strategies.base import Strategy
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ SMALL = {
 
 
 def median(this_round: Round, updates) -> AdapterState:
-    with collect(updates) as everyone:
+    with Collected(updates) as everyone:
         names = this_round.before.only(this_round.parts) if len(everyone) else ()
         return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
 
