@@ -27,9 +27,9 @@ SMALL = {
 
 
 def median(this_round: Round, updates) -> AdapterState:
-    with Collected(updates) as everyone:
-        names = this_round.before.only(this_round.parts) if len(everyone) else ()
-        return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
+    everyone = Collected(updates)
+    names = this_round.before.only(this_round.parts) if len(everyone) else ()
+    return AdapterState({n: torch.stack(everyone.tensors(n)).median(0).values for n in names})
 
 
 median_of_all = Strategy(aggregate=median)
