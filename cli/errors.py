@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 
 from fedlora.errors import InputError, Refusal
-from fedlora.extras import require_page_packages
 from fedlora.terminal import ERRORS
 
 
@@ -44,7 +43,6 @@ def draw_report(directory: Path) -> None:
     So is Ctrl-C, which should not take the summary of the results with it.
     """
     try:
-        require_page_packages("report.html")
         from experiments import report
 
         report.write(directory)

@@ -11,9 +11,7 @@ from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
 from fedlora.config import ready
-from fedlora.config.config import RunConfig, load, parse_overrides
-from fedlora.errors import InputError
-from fedlora.extras import require_page_packages
+from fedlora.config.config import load, parse_overrides
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
@@ -42,8 +40,6 @@ def run_sweep(
     """Run a grid of configurations, each also locally, centrally or without training."""
     from cli.simulation_commands import execute
     from experiments import cells, results
-
-    require_page_packages("fedlora sweep")
 
     sweep = ready.locate(sweep, "sweeps")
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
@@ -98,7 +94,6 @@ def write_report(
 
     Its first sheet is for a file: print the page, or save it as PDF, from any browser.
     """
-    require_page_packages("fedlora report")
     from experiments import report
 
     path = report.write(directory)
@@ -111,16 +106,11 @@ def write_report(
 @app.command()
 @clean_errors
 def plan(
-    records: Annotated[
-        int | None,
-        typer.Option(help="Records, or units, of an institution; with --best in deployments only."),
-    ] = None,
+    records: Annotated[int, typer.Option(help="Records, or units, of an institution.")],
+    steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
     batch_size: Annotated[int | None, typer.Option(help="As training.batch-size.")] = None,
     sample_rate: Annotated[
         float | None, typer.Option(help="Share of the records in a step; or --batch-size.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the whole plan, all rounds together.")
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Budget; yields the noise multiplier.")
@@ -138,54 +128,11 @@ def plan(
     colluding: Annotated[
         int | None, typer.Option(help="Secure aggregation: those that may collude; by default 1.")
     ] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Epsilon against noise and against steps.")
-    ] = False,
-    best: Annotated[
-        Path | None,
-        typer.Option(help="A configuration: search the rounds and rate with the least noise."),
-    ] = None,
-    assign: Annotated[
-        list[str] | None, typer.Option("--set", help="With --best: KEY=VALUE; wins over the file.")
-    ] = None,
-    compute: Annotated[
-        int | None,
-        typer.Option(help="With --best: records to train on; by default the configuration's."),
-    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute noise for a budget, or epsilon for noise; or search the best plan of a run."""
+    """Compute noise for a budget, or epsilon for noise."""
     from experiments import planning
 
-    of_one_plan = {
-        "--batch-size": batch_size,
-        "--sample-rate": sample_rate,
-        "--steps": steps,
-        "--epsilon": epsilon,
-        "--noise-multiplier": noise_multiplier,
-        "--delta": delta,
-        "--institutions": institutions,
-        "--honest": honest,
-        "--colluding": colluding,
-        "--table": table or None,
-    }
-    if best is not None:
-        given = [name for name, value in of_one_plan.items() if value is not None]
-        if given:
-            raise InputError(
-                f"{given[0]} does not go with --best, which takes the plan from {best}; leave it "
-                "out, or change the plan with --set KEY=VALUE"
-            )
-        config = load(ready.locate(best), parse_overrides(assign or []))
-        _plan_best(config, records, compute, as_json=as_json)
-        return
-    for name, value in (("--set", assign), ("--compute", compute)):
-        if value is not None:
-            raise InputError(f"{name} goes with --best CONFIG only; leave it out, or give --best")
-    if records is None or steps is None:
-        raise InputError(
-            "give --records, --steps and --batch-size or --sample-rate, or --best CONFIG"
-        )
     result = planning.plan(
         records=records,
         sample_rate=planning.rate_of(records, batch_size, sample_rate),
@@ -195,25 +142,10 @@ def plan(
         delta=delta,
         trust=planning.trust_of(institutions, honest, colluding),
     )
-    if table:
-        result["table"] = planning.table(result)
     if as_json:
         print(json.dumps(result))
         return
     planning.show(result, Terminal())
-
-
-def _plan_best(
-    config: RunConfig, records: int | None, compute: int | None, *, as_json: bool
-) -> None:
-    from experiments import best_plan
-
-    units = best_plan.units_of(config, records)
-    rows = best_plan.search(config, compute=compute, units=units)
-    if as_json:
-        print(json.dumps(best_plan.as_json(rows)))
-    else:
-        best_plan.show(rows, Terminal())
 
 
 @app.command()
@@ -227,9 +159,6 @@ def audit(
     canaries: Annotated[
         int, typer.Option(help="Rows that the auditor plants; 1,000 can show epsilon 5.2 at most.")
     ] = 1000,
-    shadows: Annotated[
-        int, typer.Option(help="Further runs for LiRA on real rows; use 8 or more.")
-    ] = 0,
     engine: Annotated[
         Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
     ] = "ray",
@@ -242,8 +171,6 @@ def audit(
     config = ready.locate(config)
     loaded = load(config, parse_overrides(assign or []))
     place = out or Path(f"runs/audit-{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if shadows < 0:
-        raise InputError(f"--shadows is {shadows}; it must be at least 0, where 0 leaves LiRA out")
     check(loaded, place, canaries, engine)
     console = Terminal(quiet=as_json)
     console.write_line(f"auditing; results in {place}")
@@ -252,7 +179,6 @@ def audit(
             loaded,
             out=place,
             canaries=canaries,
-            shadows=shadows,
             engine=engine,
             console=console,
         )
@@ -264,7 +190,5 @@ def audit(
         show(result, console)
         console.write_line(f"audit          {place / FILE}")
         console.write_line(f"report         {place / 'report.html'}")
-    if failed := result.get("lira failed"):
-        ERRORS.write_line(f"error: the shadow runs of LiRA failed: {failed}")
-    if result["refuted"] or failed:
-        raise typer.Exit(3 if result["refuted"] else 1)
+    if result["refuted"]:
+        raise typer.Exit(3)

@@ -68,11 +68,13 @@ def run(
             style="red",
             soft_wrap=True,
         )
+    from experiments import report
     from server import tracking
     from simulation import progress
     from simulation.run import simulate
 
-    with one_line_errors(Path(resolved.run_dir), "fedlora run --resume"):
+    place = Path(resolved.run_dir)
+    with one_line_errors(place, "fedlora run --resume"), report.live(place):
         result = simulate(resolved, engine, console)
     draw_report(Path(resolved.run_dir))
     tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))

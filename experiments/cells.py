@@ -2,12 +2,11 @@
 
 Cell processes are forks of a process that has imported everything, which saves most of the time of
 a short cell. A complete cell is not run again. A started cell is resumed. A failed cell is
-reported, and the others go on. Cells share models alone (`client.alone_models`).
+reported, and the others go on.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
@@ -26,7 +25,6 @@ from typing import Any, Literal
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
 from fedlora import processors
-from fedlora.config.config import TOGETHER_ONLY
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import duration
@@ -34,7 +32,6 @@ from fedlora.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     command,
-    environment,
     finite,
     is_complete,
     other_code,
@@ -51,8 +48,6 @@ KEY = "cells.key"
 """The key of the names of a sweep's cells, readable by its owner only."""
 DROPPED = ".dropped"
 """Where a begun cell of other code is while it is removed."""
-ALONE_MODELS = "alone-models"
-"""The sweep's directory of models alone, which cells share until the last one is complete."""
 
 
 def run(
@@ -127,10 +122,7 @@ def run(
             )
         started = time.monotonic()
         try:
-            kept = _alone_models(out)
-            failed = _Runner(out, jobs, engine, execute, lock, console, parent, kept).run(left)
-            if not failed:
-                shutil.rmtree(kept.parent, ignore_errors=True)
+            failed = _Runner(out, jobs, engine, execute, lock, console, parent).run(left)
         finally:
             lines = results.write(out)
         if parent:
@@ -246,20 +238,6 @@ def _locked(out: Path, console: Terminal) -> Iterator[int]:
         yield file.fileno()
 
 
-def _alone_models(out: Path) -> Path:
-    """The directory of the models alone of this code on this machine; those of others go.
-
-    What an interrupted call leaves there serves the next one.
-    """
-    about = {key: value for key, value in environment().items() if key != "command"}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    directory = (out / ALONE_MODELS / digest).absolute()
-    for other in directory.parent.glob("*"):
-        if other != directory:
-            shutil.rmtree(other, ignore_errors=True)
-    return directory
-
-
 def _write_manifest(
     out: Path, path: Path, cases: Sequence[Case], needed: Sequence[dict[str, str]]
 ) -> None:
@@ -292,9 +270,8 @@ class _Runner:
         lock: int,
         console: Terminal,
         parent: str,
-        alone: Path,
     ) -> None:
-        self._parent, self._alone_models = parent, alone
+        self._parent = parent
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
@@ -313,8 +290,7 @@ class _Runner:
             try:
                 while waiting or running:
                     while waiting and len(running) < self._jobs:
-                        cell = _next(waiting, running.values())
-                        waiting.remove(cell)
+                        cell = waiting.pop(0)
                         running[pool.submit(self._cell, cell)] = cell
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         cell = running.pop(future)
@@ -387,7 +363,6 @@ class _Runner:
                 log,
                 workers * threads,
                 self._parent,
-                str(self._alone_models),
                 _InheritedFile(self._lock),
             ),
         )
@@ -416,16 +391,6 @@ class _Runner:
             raise
 
 
-def _next(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell:
-    """The first cell that no running one may train models alone for; else the first of all."""
-
-    def settings(cell: Cell) -> str:
-        return cell.config.fingerprint(*TOGETHER_ONLY)
-
-    busy = {settings(cell) for cell in running}
-    return next((cell for cell in waiting if settings(cell) not in busy), waiting[0])
-
-
 class _InheritedFile:
     """A file descriptor that a cell's process keeps open until it ends."""
 
@@ -445,7 +410,6 @@ def _run_cell(
     log: Path,
     threads: int,
     parent: str,
-    alone: str,
     _lock: _InheritedFile,
 ) -> None:
     """Run `fedlora run` in the process of a cell, with its errors in a file."""

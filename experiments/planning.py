@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from fedlora.errors import InputError
 from fedlora.privacy import accounting, composition
 from fedlora.privacy.composition import Event
@@ -12,9 +10,6 @@ from fedlora.rounding import at_most
 from fedlora.runs.run_files import finite
 from fedlora.secure import noise_shares
 from fedlora.terminal import Terminal
-
-NOISE_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-STEP_FACTORS = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,24 +162,8 @@ def _shared(trust: Trust, event: Event, delta: float) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> list[dict[str, float]]:
-    """Return epsilon near a plan: with other noise, then with other numbers of steps."""
-
-    def at(sigma: float, steps: int) -> dict[str, float]:
-        rate, shares = result["sample_rate"], result.get("honest", 0)
-        event = Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
-        spent = composition.epsilon((event,), result["delta"])
-        return {"noise_multiplier": sigma, "steps": steps, "epsilon": spent}
-
-    sigma, steps = result["noise_multiplier"], result["steps"]
-    rows = [at(sigma * factor, steps) for factor in NOISE_FACTORS]
-    return rows + [
-        at(sigma, max(1, round(steps * factor))) for factor in STEP_FACTORS if factor != 1.0
-    ]
-
-
 def show(result: dict[str, Any], console: Terminal) -> None:
-    """Print a plan, and its table when it has one."""
+    """Print a plan."""
     console.print(
         f"noise multiplier {result['noise_multiplier']:.4f} spends epsilon "
         f"{at_most(result['epsilon'], 5)} at delta {result['delta']:g}: {result['steps']} steps "
@@ -202,10 +181,3 @@ def show(result: dict[str, Any], console: Terminal) -> None:
             + f". A round needs {result['least_survivors']} of {result['institutions']} "
             "institutions; a round that is given up costs its steps"
         )
-    if "table" in result:
-        rows = Table("noise multiplier", "steps", "epsilon")
-        for row in result["table"]:
-            rows.add_row(
-                f"{row['noise_multiplier']:.4f}", str(row["steps"]), at_most(row["epsilon"], 5)
-            )
-        console.print(rows)

@@ -17,10 +17,18 @@ from fedlora.files import write_atomic
 from fedlora.models import metrics
 from fedlora.rounding import at_most
 from fedlora.runs import joining_verdict
-from fedlora.runs.run_files import CONFIG, ENVIRONMENT, RESULT, ROUNDS, read_records, read_run_file
+from fedlora.runs.run_files import (
+    CONFIG,
+    ENVIRONMENT,
+    RESULT,
+    ROUNDS,
+    finite,
+    read_records,
+    read_run_file,
+)
 
 MANIFEST = "cells.json"
-EPSILON, OWN_EPSILON = "privacy.epsilon", "home.epsilon"
+EPSILON = "privacy.epsilon"
 GAIN_SEEDS = ("gain_over_local_n", "gain_over_local_dp_n")
 """Columns that no file has: the number of seeds behind each gain."""
 COLUMNS = (
@@ -32,14 +40,15 @@ COLUMNS = (
 """Columns of a line, beside the axes of the grid."""
 JOINING_HEADS = {
     "alone": "alone, %", "shared": "shared, %", "own": "own, %", "gain": "gain of joining",
-    "gain_shared": "shared over alone", "gain_macro_f1": "gain in macro-F1",
+    "gain_shared": "shared over alone",
 }  # fmt: skip
 """Column -> its head in tables."""
-MACRO_F1 = {f"{model}_macro_f1": model for model in ("alone", "shared", "own")}
-"""Column, which tables leave out -> its model."""
-JOINING_COLUMNS = (*(f"{key}{end}" for key in (*JOINING_HEADS, *MACRO_F1)
-                     for end in ("", "_ci95")), "institutions", "records", "not_compared",
-                   "classes_with_few_texts")  # fmt: skip
+JOINING_COLUMNS = (
+    *(f"{key}{end}" for key in JOINING_HEADS for end in ("", "_ci95")),
+    "institutions",
+    "records",
+    "not_compared",
+)
 """Further columns where institutions trained at home."""
 ALL = "(all)"
 """The institution's name in lines on the held-out rows of all institutions together.
@@ -55,15 +64,6 @@ CAPTION = (
     "once."
 )
 """Explains the tables."""
-JOINING_CAPTION = (
-    " Alone, shared, own: accuracies of the institutions' models at home within a run; the gain of"
-    " joining is own minus alone, in points, also of macro-F1; shared over alone is shared minus "
-    "alone. Where seeds draw their held-out rows and have by chance less spread than the bootstrap"
-    " of single runs, the interval of a gain is that of the bootstrap, for so many seeds. Where "
-    "the model alone was clearly better on training records held back, it is the own model too "
-    "(keeps_alone in result.json). Not compared: institutions of all seeds whose models could not "
-    "be made or measured, as where training diverged; they count in none of these."
-)
 
 
 @dataclass(frozen=True)
@@ -228,10 +228,8 @@ def summary(sweep: Results) -> list[dict[str, Any]]:
         ``seconds``, ``epsilon`` and ``delta`` follow (None without DP). ``same_as`` names the first
         setting with the same runs, if several settings share them. Where institutions trained at
         home, ``alone``, ``shared``, ``own`` (accuracies) and ``gain`` (own minus alone) follow; on
-        all rows only ``gain_shared`` (shared minus alone), ``gain_macro_f1`` (own minus alone in
-        macro-F1), and ``alone_macro_f1``, ``shared_macro_f1``, ``own_macro_f1``; the number of
-        institutions of a run, the most classes of a run with too few held-out texts
-        (``classes_with_few_texts``), the mean number of training records of those compared, and the
+        all rows only ``gain_shared`` (shared minus alone), the number of institutions of a run, the
+        mean number of training records of those compared, and the
         number of institutions of all seeds whose models could not be compared.
     """
     groups: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
@@ -273,9 +271,8 @@ def _line(
 ) -> dict[str, Any]:
     gains: dict[str, list[float]] = {"local": [], "local-dp": []}
     for case, found in group:
-        by_itself = {k: "inf" if k == OWN_EPSILON else v for k, v in case["axes"].items()}
-        free = {k: "inf" if k == EPSILON else v for k, v in by_itself.items()}
-        for arm, axes in (("local", free), ("local-dp", by_itself)):
+        free = {k: "inf" if k == EPSILON else v for k, v in case["axes"].items()}
+        for arm, axes in (("local", free), ("local-dp", case["axes"])):
             other = by_key.get(case_key(arm, axes, case["seed"]))
             comparable = arm == "local" or case["arm"].endswith("-dp")
             if other is not None and comparable and arm != case["arm"]:
@@ -328,19 +325,14 @@ def _joining(
     compared = [found["joining"] for found in runs]
     by_seed = [joining["institutions"] for joining in compared]
     line: dict[str, float | None] = {}
-    for key in (*JOINING_HEADS, *MACRO_F1):
+    for key in JOINING_HEADS:
         gains: list[Mapping[str, Any]] = []
         if institution != ALL:
             values = [one.get(institution, {}).get(key, math.nan) for one in by_seed]
             gains = [one[institution] for one in by_seed if institution in one] * (key == "gain")
         elif key.startswith("gain"):
-            if key == "gain_shared" and not all(key in joining for joining in compared):
-                values = [math.nan]  # an earlier version ran some
-            else:
-                gains = [joining[key] for joining in compared]
-                values = [gain["mean"] for gain in gains]
-        elif key in MACRO_F1:
-            values = [joining[MACRO_F1[key]]["macro_f1"] for joining in compared]
+            gains = [joining[key] for joining in compared]
+            values = [gain["mean"] for gain in gains]
         else:
             values = [joining[key]["accuracy"] for joining in compared]
         line |= gain_mean(key, values, gains, drawn) if gains else mean(key, values, drawn)
@@ -348,11 +340,6 @@ def _joining(
     # all that train together: with home.institutions some of them train no models at home
     line["institutions"] = (
         statistics.fmean(found["population"] for found in runs) if everyone else None
-    )
-    line["classes_with_few_texts"] = (
-        max(joining["gain_macro_f1"]["classes_with_few_texts"] for joining in compared)
-        if everyone
-        else None
     )
     held = [
         of["records"] for one in by_seed for name, of in one.items() if institution in (ALL, name)
@@ -403,41 +390,22 @@ def gain_mean(
 
 
 def write(out: Path) -> list[dict[str, Any]]:
-    """Write ``results.csv``, ``results.parquet`` and ``results.md``; return the lines of `summary`.
+    """Write ``results.csv`` and ``results.json``; return the lines of `summary`.
 
     While no case is complete, such files and a page are of an earlier grid, and are removed.
     """
-    import pyarrow as pa
-    from pyarrow import csv, parquet
+    import pandas as pd
 
     sweep = read(out)
-    axes, lines = sweep.axes, summary(sweep)
+    lines = summary(sweep)
     if not lines:
-        for name in ("results.csv", "results.parquet", "results.md", "report.html"):
+        for name in ("results.csv", "results.json", "report.html"):
             (out / name).unlink(missing_ok=True)
         return []
-    names = [n for n in dict.fromkeys(n for line in lines for n in line) if n not in GAIN_SEEDS]
-    columns: dict[str, Any] = {}
-    for name in names:
-        values = [line.get(name) for line in lines]
-        columns[name] = _of_one_type(values) if name in axes else values
-    table = pa.table(columns)
-    for file, save in (("results.csv", csv.write_csv), ("results.parquet", parquet.write_table)):
-        sink = pa.BufferOutputStream()
-        save(table, sink)
-        write_atomic(out / file, sink.getvalue().to_pybytes())
-    write_atomic(out / "results.md", markdown(sweep, lines).encode())
+    kept = [{k: v for k, v in line.items() if k not in GAIN_SEEDS} for line in lines]
+    write_atomic(out / "results.csv", pd.DataFrame(kept).to_csv(index=False).encode())
+    write_atomic(out / "results.json", f"{json.dumps(finite(kept), indent=1)}\n".encode())
     return lines
-
-
-def _of_one_type(values: Sequence[Any]) -> list[Any]:
-    """Convert an axis to one type: unchanged if it has one, else numbers, else text."""
-    if len({type(value) for value in values}) == 1:
-        return list(values)
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError):
-        return [str(value) for value in values]
 
 
 def percent(line: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
@@ -522,30 +490,3 @@ def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 def text_of(value: Any) -> str:
     """An axis value as tables and words show it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def caption(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the explanation of the tables of these lines."""
-    return CAPTION + JOINING_CAPTION * any("not_compared" in line for line in lines)
-
-
-def markdown(sweep: Results, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of ``results.md``."""
-    pooled, each = tables(lines, sweep.axes)
-    about = sweep.about
-    text = f"# {about['name']}\n\n{caption(lines)} By `{about['command']}`.\n\n"
-    if missing := sweep.missing:
-        text += f"Not complete, and left out: {missing} of {len(about['cases'])} cases.\n\n"
-    text += f"{markdown_table(pooled)}\n"
-    if len(each) > 1:
-        text += f"\n## By institution\n\n{markdown_table(each)}\n"
-    return text
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as a Markdown table; the first row is its head."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )

@@ -31,12 +31,3 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def require_page_packages(purpose: str) -> None:
-    """Check that the package that draws a page's pictures is installed.
-
-    Raises:
-        InputError: Naming the missing package and the remedy.
-    """
-    require("matplotlib", "experiments", purpose)

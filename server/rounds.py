@@ -50,7 +50,6 @@ from server.run_directory import OTHER, RunDirectory, RunState
 from server.secure_session import SecureSession
 from server.spending import Spending
 from server.start import head_start, origins, start_adapter
-from server.trend import independent_texts, still_rising
 from strategies import base, server_optimizer
 from strategies.base import Round
 
@@ -445,15 +444,6 @@ class Federation:
         """Node -> institution, for the institutions that are online."""
         return {node: name for name, node in self.roster.online().items()}
 
-    def still_rising(self) -> dict[str, Any]:
-        """What more rounds would cost, if a simulation's accuracy may still rise at its end."""
-        if self.config.deployed or self.population.held_out is None:
-            return {}
-        units = min(records.load(self.config).units)
-        lines = read_records(self.directory.path)
-        texts = independent_texts(self.population.held_out)
-        return still_rising(self.config, lines, texts, units)
-
     def compare_at_home(self, adapter: AdapterState) -> dict[str, Any]:
         """The models that institutions train at home, compared; empty where none are trained.
 
@@ -519,7 +509,6 @@ class Federation:
         result = {
             **self.measured,
             **({"joining": compared} if compared else {}),
-            **({"still_rising": rising} if (rising := self.still_rising()) else {}),
             **({"released": outcomes} if outcomes else {}),
             **({"origins": behind} if behind else {}),
             "epsilon_max": largest_epsilon(privacy) if config.privacy.enabled else float("inf"),

@@ -30,7 +30,6 @@ from fedlora.runs.run_files import (
 )
 from fedlora.terminal import Terminal
 from server.privacy_statement import with_earlier_runs
-from server.trend import advice
 
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
@@ -291,12 +290,6 @@ def longer(truncated: int, max_length: int) -> str:
     return f"{truncated} text{'s' * (truncated != 1)} longer than {max_length} tokens"
 
 
-def add_advice(table: Table, result: Mapping[str, Any]) -> None:
-    """Add what more rounds would cost, if the accuracy may still rise at the end."""
-    if rising := result.get("still_rising"):
-        table.add_row("", Styled(advice(rising), "yellow"))
-
-
 def add_privacy(
     table: Table, config: RunConfig, result: Mapping[str, Any], privacy: Mapping[str, Any]
 ) -> None:
@@ -360,7 +353,6 @@ def summary(config: RunConfig, result: Mapping[str, Any], console: Terminal) -> 
             f"best {high} {institutions[high]:.3f}",
         )
     add_joining(table, result)
-    add_advice(table, result)
     add_rounds(table, config, result, read_records(run_dir))
     table.add_row(
         "trained",

@@ -5,7 +5,6 @@ that of every other run.
 """
 
 import csv
-import dataclasses
 import json
 import secrets
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ KINDS = ("wrong label", "random words", "secret")
 RANDOM_WORDS = 10  # words of a text of random words
 SECRET_PROMPT = "The account number of customer {name} is"
 INSTITUTION, TEXT, LABEL = "institution", "text", "label"
-ALTERNATIVE_SECRETS = 255  # a planted secret is ranked among them: exposure is at most 8 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,16 +198,6 @@ def secret(draw: RandomSource) -> str:
     """Draw an account number: two groups of four digits."""
     digits = "".join(str(int(u * 10)) for u in draw.uniform(8))
     return f"{digits[:4]} {digits[4:]}"
-
-
-def alternatives(canaries: tuple[Canary, ...], seed: int) -> list[Canary]:
-    """Draw `ALTERNATIVE_SECRETS` for every canary, in order."""
-    draw = RandomSource.seeded("alternatives", seed)
-    return [
-        dataclasses.replace(canary, label=secret(draw.child("other", number, other)), inside=False)
-        for number, canary in enumerate(canaries)
-        for other in range(ALTERNATIVE_SECRETS)
-    ]
 
 
 def write(path: Path, columns: list[str], rows: list[tuple[str, ...]]) -> None:

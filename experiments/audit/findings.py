@@ -130,18 +130,6 @@ def facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("shown by canaries", text))
     if math.isfinite(promised):
         found.append(("noise", _noise(result["noise"])))
-    for attack, measured in result["membership"].items():
-        found.append((f"membership inference ({attack})", _attack(measured)))
-    if failed := result.get("lira failed"):
-        found.append(("membership inference (lira)", f"not known: its runs failed ({failed})"))
-    if extraction := result.get("extraction"):
-        for which in (which for which in ("planted", "not planted") if which in extraction):
-            bits = extraction[which]
-            text = (
-                f"exposure {bits['mean']:.2f} bits ({bits['low']:.2f} to {bits['high']:.2f}), "
-                f"at most {bits['max']:.1f} of {extraction['most possible']:.0f}"
-            )
-            found.append((f"secrets {which}", text))
     if result["accuracy"] is not None:
         found.append(("accuracy of the audited run", f"{result['accuracy']:.3f}"))
     return [*found, ("the promise", verdict(result))]
@@ -172,19 +160,3 @@ def _noise(noise: Mapping[str, Any]) -> str:
             both = noise["institutions"] + noise["left_out"]
             text += f"; compared at {noise['institutions']} of {both} institutions"
     return text + "; from a seed, so it gives no protection" * (noise["source"] == "seeded")
-
-
-def _attack(measured: Mapping[str, Any]) -> str:
-    """State the success of an attack on membership."""
-
-    def interval(value: Mapping[str, float], digits: int, scale: int = 1) -> str:
-        middle, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("value", "low", "high"))
-        return f"{middle} ({low} to {high})"
-
-    parts = [f"AUC {interval(measured['auc'], 3)}"]
-    parts += [
-        f"finds {interval(value, 1, 100)} % of members at {100 * float(rate):g} % false alarms"
-        for rate, value in measured["tpr"].items()
-    ]
-    texts = f"{measured['members']:,} rows against {measured['others']:,} held out"
-    return "; ".join(parts) + f"; {texts}, none twice"

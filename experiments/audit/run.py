@@ -7,25 +7,14 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
-from experiments.audit import bound, membership
-from experiments.audit.canaries import (
-    ALTERNATIVE_SECRETS,
-    INSTITUTION,
-    LABEL,
-    TEXT,
-    Audited,
-    alternatives,
-    plant,
-    write,
-)
+from experiments.audit import bound
+from experiments.audit.canaries import Audited, plant
 from experiments.audit.findings import FILE, FINAL, broken_by, facts
 from experiments.audit.observed import (
     Transcript,
@@ -34,16 +23,14 @@ from experiments.audit.observed import (
     scores,
 )
 from fedlora.arrays import Floats
-from fedlora.config.config import ACCEPTABLE, RunConfig
+from fedlora.config.config import RunConfig
 from fedlora.data import data, records
-from fedlora.data.rows import partition_rows
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.files import write_atomic
 from fedlora.models import trainable
 from fedlora.models.adapters import open_for
 from fedlora.models.trainable import Trainable
-from fedlora.privacy.streams import RandomSource
 from fedlora.runs.run_files import AUDITED, CONFIG, PRIVACY, finite, read_run_file
 from fedlora.terminal import Terminal
 from simulation.progress import progress
@@ -104,7 +91,6 @@ def run(
     *,
     out: Path,
     canaries: int,
-    shadows: int,
     engine: str,
     console: Terminal,
 ) -> dict[str, Any]:
@@ -114,12 +100,11 @@ def run(
         config: The run to audit.
         out: The audit's directory; the run directory is ``run`` in it.
         canaries: The number of canaries, planted or not.
-        shadows: Further runs for LiRA; 0 leaves it out.
         engine: ``ray`` or ``inline``.
         console: Shows progress.
 
     Returns:
-        The content of ``audit.json``; ``lira failed`` gives the reason if a shadow run failed.
+        The content of ``audit.json``.
     """
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as folder:
         audited = plant(config, canaries, Path(folder) / "records")
@@ -145,32 +130,14 @@ def run(
         with console.status("scoring canaries") as status:
             scored, shard = _scored(target, work, transcript, audited, status.update)
         _check_planted(target, audited, shard)
-        inside = np.array([canary.inside for canary in audited.canaries])
         result = _promise(Path(target.run_dir))
         result["canaries"] = _bounds(audited, scored, result["delta"] or 0.0)  # None: no DP
         result["noise"] = {"source": config.privacy.noise, "bound": MAX_COSINE}
         if config.privacy.enabled:
             result["noise"] |= dataclasses.asdict(noise_reuse(target, transcript))
-        if config.model.task == "sft":
-            with console.status("ranking secrets"):
-                result["extraction"] = _extraction(target, audited, Path(folder), inside)
-        with console.status("attacking real rows"):
-            rows = _attacked(target, set(_distinct(shard)))
-            loss = membership.measure(-rows.losses, rows.inside, CONFIDENCE)
-            result["membership"] = {"loss": loss}
         shutil.rmtree(Path(folder) / "transcript")
         result["refuted"] = broken_by(result) != ""
-        result = _write_result(out, result)
-        if shadows:
-            kept = f"kept so far: {out / FILE}; {shadows} shadow runs for LiRA follow"
-            console.write_line(kept)
-            try:
-                lira = _lira(target, rows, engine, shadows, Path(folder), console)
-                result["membership"]["lira"] = lira
-            except Exception as error:
-                result["lira failed"] = f"{type(error).__name__}: {error}"
-            result = _write_result(out, result)
-    return result
+        return _write_result(out, result)
 
 
 def _check_planted(config: RunConfig, audited: Audited, shard: Shard) -> None:
@@ -270,128 +237,6 @@ def _promise(run_dir: Path) -> dict[str, Any]:
 def _distinct(shard: Shard) -> dict[bytes, int]:
     """Return digest -> one row with it, so that equal rows of several institutions count once."""
     return {bytes(digest): row for row, digest in enumerate(shard.records)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Real rows under attack: digests, losses ``(n,)`` and membership ``(n,)``."""
-
-    digests: list[bytes]
-    losses: Floats
-    inside: NDArray[np.bool_]
-
-
-def _attacked(config: RunConfig, planted: set[bytes]) -> _Rows:
-    """Measure all rows except canaries under the final adapter: training rows, then held-out."""
-    federation, work = records.load(config), _load_released(config)
-    digests, found, inside = list[bytes](), list[Floats](), list[bool]()
-    for shard, trained in ((federation.all_train, True), (federation.all_held_out, False)):
-        known = {digest: row for digest, row in _distinct(shard).items() if digest not in planted}
-        digests += known
-        rows = shard.select(list(known.values()))
-        found.append(losses(work, rows, config.training.physical_batch))
-        inside += [trained] * len(known)
-    return _Rows(digests=digests, losses=np.concatenate(found), inside=np.array(inside))
-
-
-def _lira(
-    config: RunConfig,
-    rows: _Rows,
-    engine: str,
-    shadows: int,
-    folder: Path,
-    console: Terminal,
-) -> dict[str, Any]:
-    """Attack the same rows by LiRA, which trains shadow models."""
-    confidences, had = list[Floats](), list[NDArray[np.bool_]]()
-    for number in range(shadows):
-        shadow = _shadow(config, number, folder)
-        _train(shadow, engine, console)
-        work = _load_released(shadow)
-        inside = _distinct(records.load(shadow).all_train)
-        had.append(np.array([row in inside for row in rows.digests]))
-        confidences.append(_by_digest(shadow, work, rows.digests))
-    attack = membership.lira(
-        membership.logit_confidence(rows.losses), np.array(confidences), np.array(had)
-    )
-    return membership.measure(attack, rows.inside, CONFIDENCE) | {"shadows": shadows}
-
-
-def _shadow(config: RunConfig, number: int, folder: Path) -> RunConfig:
-    """Return a run on a new random split of all rows, with half of them held out."""
-    place = folder / f"shadow-{number}"
-    place.mkdir()
-    everything = dataclasses.replace(config.data, institutions=0, min_records=1, test_fraction=0.0)
-    dealt = partition_rows(everything, unit="record", seed=config.seed, task=config.model.task)
-    rows: list[tuple[str, str, str]] = []
-    for table, bounds in (dealt.train, dealt.held_out):
-        owners = np.repeat(np.array(dealt.names), np.diff(bounds)).tolist()
-        rows += zip(owners, table.texts, table.labels, strict=True)
-    write(place / "all.csv", [INSTITUTION, TEXT, LABEL], rows)
-    keeps_delta = config.privacy.unit == "record" or config.privacy.shares_noise
-    return config.replace(
-        {
-            "run-dir": str(place / "run"),
-            "data.source": str(place / "all.csv"),
-            "data.test-source": "",
-            "accept": ",".join(ACCEPTABLE),  # an attack's run promises nothing
-            "data.test-fraction": 0.5,
-            "privacy.unit": "record",
-            "privacy.delta": config.privacy.delta if keeps_delta else 0.0,
-            "seed": config.seed + 1 + number,
-        }
-    )
-
-
-def _by_digest(config: RunConfig, work: Trainable, digests: list[bytes]) -> Floats:
-    """Compute the confidence in each of these rows under the loaded adapter.
-
-    It is nan for the rows of an institution that takes no part, because all are held out.
-    """
-    federation = records.load(config)
-    known: dict[bytes, float] = {}
-    for shard in (federation.all_train, federation.all_held_out):
-        distinct = _distinct(shard)
-        rows = shard.select(list(distinct.values()))
-        values = losses(work, rows, config.training.physical_batch)
-        known |= zip(distinct, values.tolist(), strict=True)
-    return membership.logit_confidence(np.array([known.get(digest, np.nan) for digest in digests]))
-
-
-def _extraction(
-    config: RunConfig, audited: Audited, folder: Path, inside: NDArray[np.bool_]
-) -> dict[str, Any]:
-    """Measure the exposure of planted secrets and of secrets that were not planted."""
-    work = _load_released(config)
-    others = alternatives(audited.canaries, config.seed)
-    write(folder / "others.csv", [TEXT, LABEL], [(c.text, c.label) for c in others])
-    physical = config.training.physical_batch
-    own = losses(work, _rows(config, work, audited.file), physical)
-    rest = losses(work, _rows(config, work, folder / "others.csv"), physical)
-    bits = membership.exposure(own, rest.reshape(len(own), ALTERNATIVE_SECRETS))
-    draw = RandomSource.seeded("exposure", config.seed)
-    return {
-        **{  # of few canaries, coins may leave one group empty
-            which: _summary(bits[chosen], draw.child(name))
-            for which, name, chosen in (("planted", "in", inside), ("not planted", "out", ~inside))
-            if chosen.any()
-        },
-        "most possible": float(np.log2(ALTERNATIVE_SECRETS + 1)),
-    }
-
-
-def _summary(bits: Floats, draw: RandomSource) -> dict[str, float]:
-    """Return mean, its bootstrap interval, and maximum."""
-    n = len(bits)
-    again = bits[(draw.uniform(1000 * n) * n).astype(int)].reshape(1000, n).mean(1)
-    low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {
-        "mean": float(bits.mean()),
-        "low": float(low),
-        "high": float(high),
-        "max": float(bits.max()),
-        "secrets": n,
-    }
 
 
 def show(result: Mapping[str, Any], console: Terminal) -> None:

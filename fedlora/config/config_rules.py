@@ -18,7 +18,7 @@ OWN_FIGURES = frozenset(
     (
         *("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions"),
         *("token_loss", "perplexity", "exact_match", "unparseable", "not_evaluated"),
-        *("joining", "still_rising", "released", "epsilon_max", "delta", "epsilon_alone_max"),
+        *("joining", "released", "epsilon_max", "delta", "epsilon_alone_max"),
         *("rounds", "seconds", "run", "run_dir", "base", "labels", "population", "nonce"),
         *("trained_parameters", "counts", "findings", "origins", "head"),
     )

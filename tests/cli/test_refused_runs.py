@@ -6,7 +6,6 @@ import pytest
 from huggingface_hub.utils import _http
 
 from client.ledger import Ledger
-from experiments import compare
 from tests.cli.test_main import invoke, refused
 
 INLINE = ("--engine", "inline")
@@ -53,11 +52,3 @@ def test_a_sweep_that_cannot_be_written_is_refused_before_anything_runs(file, tm
 def test_retries_of_the_hubs_client_are_no_lines_of_ours():
     assert not _http.logger.isEnabledFor(logging.WARNING)
     assert _http.logger.isEnabledFor(logging.ERROR)
-
-
-def test_a_small_figure_is_compared_with_its_digits():
-    found = {"results": {"loss": [0.25, 0.0]}, "settings": {"privacy.delta": [1e-05, 0.001]}}
-    assert compare.rows(found) == [
-        ["loss", "0.2500", "0.0000"],
-        ["privacy.delta", "1e-05", "0.0010"],
-    ]

@@ -7,12 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cli.main import app
-from experiments.audit import bound, membership
+from experiments.audit import bound
 from experiments.audit.bound import audit, largest, lower_bound, p_value
 from experiments.audit.canaries import plant
 from experiments.audit.findings import (
@@ -102,23 +100,6 @@ def test_the_most_that_canaries_can_show_is_the_bound_of_right_guesses_only():
     assert found.epsilon == largest(875, 0.0, 0.95)
 
 
-def test_membership_is_measured_as_by_hand():
-    scores = np.array([3.0, 2.0, 1.0, 0.0])
-    found = membership.measure(scores, np.array([True, False, True, False]), 0.95)
-    assert found["auc"]["value"] == pytest.approx(0.75)  # of four pairs three are in order
-    assert not found["tpr"]  # of two others none is a hundredth
-
-
-def test_a_low_rate_needs_as_many_others():
-    others, members = np.arange(100.0), np.array([98.5, 99.5, 97.0, 0.0])
-    member = np.array([False] * 100 + [True] * 4)
-    found = membership.measure(np.concatenate([others, members]), member, 0.95)
-    assert found["tpr"].keys() == {"0.01"}
-    assert found["tpr"]["0.01"]["value"] == pytest.approx(0.5)  # above 98, as one other is
-    found = membership.measure(np.concatenate([others[1:], members]), member[1:], 0.95)
-    assert not found["tpr"]
-
-
 def test_a_verdict_says_what_canaries_could_have_shown():
     views = {view: {"epsilon": 0.0} for view in VIEWS}
     result = {"refuted": False, "epsilon": 8.0, "canaries": {"in all": 1000, **views}}
@@ -131,29 +112,6 @@ def test_a_verdict_says_what_canaries_could_have_shown():
     assert verdict(seeded) == "nothing was promised, as the noise came from a seed"
     assert verdict(seeded | {"epsilon": "inf"}) == "nothing was promised"
     assert verdict(seeded | {"refuted": True}) == "IS BROKEN"
-
-
-def test_lira_tells_rows_apart_where_the_loss_does_not():
-    draw = np.random.default_rng(1)
-    hardness, inside = draw.normal(0, 5, 400), draw.random((16, 400)) < 0.5
-    member = draw.random(400) < 0.5
-    shadows = hardness + 2.0 * inside + draw.normal(0, 0.5, (16, 400))
-    target = hardness + 2.0 * member + draw.normal(0, 0.5, 400)
-    plain = membership.measure(target, member, 0.95)["auc"]["value"]
-    scores = membership.lira(target, shadows, inside)
-    lira = membership.measure(scores, member, 0.95)["auc"]["value"]
-    assert plain < 0.7 < 0.97 < lira
-    # Rows that a shadow did not measure count in the others; one that none measured says nothing.
-    shadows[draw.random((16, 400)) < 0.2] = np.nan
-    shadows[:, 0] = np.nan
-    scores = membership.lira(target, shadows, inside)
-    assert scores[0] == 0.0 and np.isfinite(scores).all()
-    assert membership.measure(scores, member, 0.95)["auc"]["value"] > 0.95
-
-
-def test_exposure_counts_bits():
-    others = np.tile(np.arange(1, 8, dtype=float), (2, 1))  # seven candidates
-    assert membership.exposure([0.0, 7.5], others).tolist() == [3.0, 0.0]
 
 
 def test_canaries_are_in_the_records_where_the_coin_said_so_and_nowhere_held_out(
@@ -309,7 +267,6 @@ def test_a_run_at_epsilon_one_keeps_its_promise(audited, tmp_path):
     assert (found["noise"]["institutions"], found["noise"]["left_out"]) == (4, 0)
     assert found["noise"]["cosine"] < 0.5
     assert not (tmp_path / "ledgers").exists()  # those are bound to records without canaries
-    assert 0.4 < found["membership"]["loss"]["auc"]["value"] < 0.65
 
 
 def test_noise_that_is_smaller_than_promised_breaks_the_promise(audited, monkeypatch):
@@ -387,55 +344,10 @@ def test_noise_that_is_used_twice_breaks_the_promise(audited, monkeypatch, sourc
     assert code == 3 and found["noise"]["cosine"] > 0.5
 
 
-def test_what_was_found_before_a_shadow_failed_is_kept(audited, monkeypatch):
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("experiments.audit.run._shadow", fail)
-    code, found = audited("--shadows", "2", expect=1, **{"privacy.epsilon": float("inf")})
-    assert code == 1
-    assert found["lira failed"] == "OSError: no space left"
-    assert found["membership"].keys() == {"loss"} and found["canaries"]["in all"] == 120
-    assert (
-        "membership inference (lira)",
-        "not known: its runs failed (OSError: no space left)",
-    ) in facts(found)
-
-
-@pytest.mark.slow
-def test_shadow_runs_measure_lira(audited):
-    _, found = audited("--shadows", "2", **{"privacy.epsilon": float("inf")})
-    lira, loss = found["membership"]["lira"], found["membership"]["loss"]
-    assert lira["shadows"] == 2
-    assert (lira["members"], lira["others"]) == (loss["members"], loss["others"])
-
-
-@pytest.mark.slow
-def test_secrets_that_nobody_can_spell_are_ranked_in_the_middle(audited, tiny_encoder, tmp_path):
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_hidden_layers=1, **size))
-    model.save_pretrained(tmp_path / "causal")
-    AutoTokenizer.from_pretrained(tiny_encoder, trust_remote_code=False).save_pretrained(
-        tmp_path / "causal"
-    )
-    values = {"model.name": str(tmp_path / "causal"), "model.task": "sft", "federation.rounds": 2}
-    _, found = audited(**values, **{"training.max-length": 32, "home.method": "none"})
-    extraction, canaries = found["extraction"], found["canaries"]
-    assert canaries["kinds"] == {"secret": 120}
-    counts = [extraction[which]["secrets"] for which in ("planted", "not planted")]
-    assert counts == [canaries["planted"], 120 - canaries["planted"]]
-    # The tiny tokeniser knows no digit, so all 256 candidates are alike: rank 128.5 of 256.
-    for which in ("planted", "not planted"):
-        assert extraction[which]["mean"] == pytest.approx(8 - math.log2(128.5))
-
-
 def test_what_cannot_be_audited_is_refused_before_anything_is_written(tiny_config, tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(tiny_config(**{"run-dir": ""}).to_toml())
     out = tmp_path / "audit"
-    result = CliRunner().invoke(app, ["audit", str(file), "--shadows", "-1", "--out", str(out)])
-    assert result.exit_code == 2 and "--shadows is -1" in result.stderr
     assert not out.exists()
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -19,16 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.simulation_commands import execute
-from client import alone_models
-from experiments import cells, conclusion, joining_page, results, sweep, sweep_page
+from experiments import cells, results, sweep
 from fedlora.config.config import from_flat
 from fedlora.data import records
 from fedlora.data.partition import file_names
 from fedlora.errors import InputError
 from fedlora.runs import run_files
 from fedlora.terminal import Terminal
-from tests.samples import compared
 
 runner = CliRunner()
 KEY = "5a" * 32
@@ -107,39 +103,11 @@ def test_pooled_customers_of_two_banks_stay_two_units(tiny_config):
     assert np.array_equal(pooled.all_held_out.records, federation.all_held_out.records)
 
 
-def test_the_label_of_a_budget_at_home_is_what_the_arm_ran_with(sweep_file):
-    text = 'arms = ["local", "local-dp", "federated", "federated-dp"]\n'
-    cases = sweep.read(
-        sweep_file(f"{text}[grid]\nhome.epsilon = [2.0, 4.0]", **{"home.method": "fine-tune"})
-    )
-    assert [(case.arm, case.axes["home.epsilon"]) for case in cases] == [
-        *((arm, math.inf) for arm in ("local", "local-dp", "federated")),
-        *(("federated-dp", value) for value in (2.0, 4.0)),
-    ]
-    assert all(case.axes["home.epsilon"] == case.config.home.epsilon for case in cases)
-
-
-def test_arms_that_train_nothing_at_home_are_what_each_budget_at_home_is_compared_with():
-    def case(arm, budget, accuracy):
-        found = {"drawn": 0.2, "joining": None, "not_compared": 0, "bytes": 0, "seconds": 1.0}
-        found |= {"epsilon": 8.0, "delta": None}
-        axes = {"privacy.epsilon": "inf" if arm == "local" else 8.0, "home.epsilon": budget}
-        found |= {"score": accuracy, "macro_f1": accuracy, "institutions": {"A": accuracy}}
-        return {"arm": arm, "axes": axes, "seed": 1}, found
-
-    local, local_dp = case("local", "inf", 0.5), case("local-dp", "inf", 0.25)
-    by_key = {
-        results.case_key(one["arm"], one["axes"], 1): found for one, found in (local, local_dp)
-    }
-    line = results._line(results.ALL, [case("federated-dp", 2.0, 0.75)], by_key)
-    assert (line["gain_over_local"], line["gain_over_local_dp"]) == (0.25, 0.5)
-
-
 @pytest.mark.parametrize(
     "always",
     [
         "",
-        "home.epsilon = 8.0",
+        'federation.weighting = "noised-size"',
         'privacy.trust = "secure-aggregation"\nprivacy.honest = 3\n'
         'federation.weighting = "public-size"',
     ],
@@ -147,7 +115,7 @@ def test_arms_that_train_nothing_at_home_are_what_each_budget_at_home_is_compare
 def test_an_arm_without_dp_is_one_case_for_all_budgets(sweep_file, always):
     grid = "[grid]\nprivacy.epsilon = [1.0, 8.0, inf]"
     text = f'arms = ["base", "federated", "federated-dp"]\n[set]\n{always}\n{grid}'
-    cases = sweep.read(sweep_file(text, **{"home.method": "fine-tune"}))
+    cases = sweep.read(sweep_file(text, **{"home.method": "interpolate"}))
     assert [(c.arm, c.axes["privacy.epsilon"]) for c in cases] == [
         ("base", math.inf),
         ("federated", math.inf),
@@ -208,8 +176,8 @@ def test_defaults_follow_from_the_keys_of_all(tmp_path):
 def test_training_alone_has_nothing_of_the_federation(sweep_file):
     text = (
         'arms = ["local", "central", "federated"]\n[grid.way]\nplain = {}\n'
-        'own = { federation.strategy = "own_rule:mean" }\n'
-        'cut = { federation.robust = "median" }\n'
+        'own = { federation.aggregate = "own_rule:mean" }\n'
+        "cut = { federation.max-update-norm = 3.0 }\n"
     )
     ways: dict[str, set[str]] = {}
     for case in sweep.read(sweep_file(text)):
@@ -224,7 +192,7 @@ def test_training_alone_has_nothing_of_the_federation(sweep_file):
 def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = 'arms = ["federated"]\n[grid]\nfederation.strategy = ["own_rule:mean"]\n'
+    text = 'arms = ["federated"]\n[grid]\nfederation.aggregate = ["own_rule:mean"]\n'
     path, names = sweep_file(text), []
     for version in (1, 2):
         code = f"def mean(this_round, updates):\n    return {version}\n"
@@ -326,93 +294,6 @@ def test_another_tokenizer_is_another_cell(sweep_file, monkeypatch):
     assert sweep.cells(sweep.read(path), KEY)[0].keys().isdisjoint(before)
 
 
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
-        (
-            [0],
-            {
-                "central-dp": [0.81, 0.88],
-                "federated-dp: local": [0.61, 0.68],
-                "federated-dp: secure-aggregation": [0.71, 0.78],
-            },
-        ),
-        (
-            [0, 1],
-            {
-                "central-dp: count 0": [0.81, 0.88],
-                "central-dp: count 1": [0.82, 0.89],
-                "federated-dp: local, count 0": [0.61, 0.68],
-                "federated-dp: local, count 1": [0.62, 0.69],
-                "federated-dp: secure-aggregation, count 0": [0.71, 0.78],
-                "federated-dp: secure-aggregation, count 1": [0.72, 0.79],
-            },
-        ),
-    ],
-)
-def test_a_setting_that_does_not_change_an_arm_is_not_in_its_line_against_epsilon(
-    monkeypatch, counts, expected
-):
-    drawn = {}
-    monkeypatch.setattr(
-        sweep_page.figures,
-        "against_epsilon",
-        lambda title, lines, levels: drawn.update((of, y) for of, _, y, _ in lines),
-    )
-    lines = [
-        {
-            "arm": arm,
-            "privacy.trust": trust,
-            "privacy.epsilon": epsilon,
-            "count": count,
-            "accuracy": accuracy + epsilon / 100 + count / 100,
-            "accuracy_ci95": None,
-            "same_as": "local" * (arm == "central-dp" and trust != "local"),
-        }
-        for arm, trust, accuracy in (
-            ("central-dp", "local", 0.8),
-            ("central-dp", "secure-aggregation", 0.8),
-            ("federated-dp", "local", 0.6),
-            ("federated-dp", "secure-aggregation", 0.7),
-        )
-        for count in counts
-        for epsilon in (1.0, 8.0)
-    ]
-    axes = ["privacy.trust", "privacy.epsilon"] + ["count"] * (len(counts) > 1)
-    sweep_page._privacy(lines, axes)
-    assert {name: [round(y, 2) for y in ys] for name, ys in drawn.items()} == expected
-
-
-def test_runs_stand_once_in_tables_and_bars(tmp_path, monkeypatch):
-    cases = [
-        {"arm": arm, "axes": {"method": method}, "seed": 1, "cells": {"": cell}}
-        for arm, method, cell in (
-            ("base", "lora", "b"),
-            ("base", "dora", "b"),
-            ("federated", "lora", "l"),
-            ("federated", "dora", "d"),
-        )
-    ]
-    (tmp_path / results.MANIFEST).write_text(json.dumps({"name": "x", "cases": cases}))
-    for cell in "bld":
-        result = {"accuracy": 0.5, "institutions": {}, "epsilon_max": "inf", "seconds": 1.0}
-        save_cell(results.run_dir(tmp_path, cell), result)
-    lines = summary(tmp_path)
-    assert [line["same_as"] for line in lines] == ["", "lora", "", ""]
-    pooled, _ = results.tables(lines, ["method"])
-    assert [row[:2] for row in pooled[1:]] == [
-        ["base", "lora"],
-        ["federated", "lora"],
-        ["federated", "dora"],
-    ]
-    monkeypatch.setattr(sweep_page.figures, "bars", lambda _, __, groups, **___: groups)
-    (drawn,) = sweep_page._settings(lines, ["method"]).values()
-    assert {arm: list(rows) for arm, rows in drawn.items()} == {
-        "base": ["lora"],
-        "federated": ["lora", "dora"],
-    }
-
-
 def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
     one, _ = sweep.cells(sweep.read(sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]')), KEY)
     text = 'arms = ["federated"]\n[grid]\nseed = [2, 1]\nengine.workers = [2]'
@@ -438,10 +319,6 @@ def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
         (
             'arms = ["local", "base"]\n[set.local]\ndata.partition = "iid"\n[grid]\nseed = [1]',
             ["'local'", "'base'", "cannot share a split", "data.partition"],
-        ),
-        (
-            'arms = ["federated"]\n[set.federated]\nhome.epsilon = 2.0\n[grid]\nseed = [1]',
-            ["[set.federated] has home.epsilon", "without DP", "federated-dp"],
         ),
         (
             'arms = ["local-dp"]\n[set.local-dp]\nhome.steps = 2\n[grid]\nseed = [1]',
@@ -531,115 +408,6 @@ def test_the_gain_and_its_interval_are_those_by_hand(tmp_path, data, shared):
     assert line["seconds"] == 2.0 and line["epsilon"] == math.inf
 
 
-def joined_sweep(out):
-    """A made-up sweep: two settings with two seeds each; two institutions train at home."""
-    cases = [
-        {
-            "arm": "federated-dp",
-            "axes": {"holdings": holdings, "privacy.epsilon": 8.0},
-            "seed": seed,
-            "cells": {"": f"{holdings}-{seed}"},
-        }
-        for holdings in ("few", "many")
-        for seed in (1, 2)
-    ]
-    out.mkdir()
-    about = {"name": "x", "command": "fedlora sweep x.toml", "cases": cases}
-    (out / results.MANIFEST).write_text(json.dumps(about))
-    for case in cases:
-        names = ("A", "B") if case["axes"]["holdings"] == "few" else ("A", "B", "C", "D")
-        result = {"accuracy": 0.5, "macro_f1": 0.5, "institutions": dict.fromkeys(names, 0.5)}
-        result |= {"epsilon_max": 8.0, "delta": 1e-5, "seconds": 2.0}
-        result["joining"] = compared(names[:2], better=4 + 2 * case["seed"])
-        save_cell(results.run_dir(out, case["cells"][""]), result)
-    return out
-
-
-def test_a_sweep_has_the_three_models_and_the_gain_of_its_cells(tmp_path):
-    out = joined_sweep(tmp_path / "sweep")
-    line = summary(out)[0]
-    assert set(line) == {*results.COLUMNS, *results.JOINING_COLUMNS, "holdings", "privacy.epsilon"}
-    # alone is right on 16 and 14 of 22 rows, own on 20, shared on 11
-    assert line["alone"] == pytest.approx(15 / 22) and line["own"] == pytest.approx(20 / 22)
-    assert line["shared"] == pytest.approx(0.5) and line["gain"] == pytest.approx(5 / 22)
-    # t(0.975, 1) = 12.706, s = sqrt(2) / 22, two seeds, a fifth of the records held out
-    half = 12.706 * math.sqrt(2) / 22 * math.sqrt(1 / 2 + 0.25)
-    assert line["gain_ci95"] == pytest.approx(half, rel=1e-4)
-    assert (line["institutions"], line["records"]) == (2, 60)  # 40 and 80 records
-    many = next(x for x in summary(out) if x["holdings"] == "many")
-    assert (many["institutions"], many["records"]) == (4, 60)  # four train, two of them at home
-    beta = next(x for x in summary(out) if x["institution"] == "B")
-    assert beta["gain"] == pytest.approx(5 / 22) and beta["records"] == 80
-    results.write(out)
-    with (out / "results.csv").open() as file:
-        first = next(csv.DictReader(file))
-    assert float(first["gain"]) == line["gain"] and float(first["own"]) == line["own"]
-    text = (out / "results.md").read_text()
-    assert "own minus alone, in points" in text and "+22.7 ± 70.7" in text
-    own_f1, alone_f1 = (
-        [compared(("A", "B"), better=4 + 2 * seed)[model]["macro_f1"] for seed in (1, 2)]
-        for model in ("own", "alone")
-    )
-    assert line["own_macro_f1"] == pytest.approx(sum(own_f1) / 2)
-    assert line["alone_macro_f1"] == pytest.approx(sum(alone_f1) / 2)
-    assert line["gain_shared"] == pytest.approx(11 / 22 - 15 / 22)
-    assert line["gain_macro_f1"] == pytest.approx((sum(own_f1) - sum(alone_f1)) / 2)
-    assert line["gain_macro_f1"] != pytest.approx(line["gain"]) and beta["gain_macro_f1"] is None
-
-
-def test_a_line_counts_the_seeds_behind_its_figures(tmp_path):
-    """A cell whose institutions all failed at home has no gain; an institution may be missing."""
-    out = joined_sweep(tmp_path / "sweep")
-    assert {line["seeds"] for line in summary(out)} == {2}
-    about = results.manifest(out)
-    file = results.run_dir(out, about["cases"][0]["cells"][""]) / "result.json"
-    result = json.loads(file.read_text())
-    result["joining"] = {"not_compared": {}}
-    del result["institutions"]["B"]
-    file.write_text(json.dumps(result))
-    of = {"arm": about["cases"][0]["arm"], **about["cases"][0]["axes"]}
-    lines = [x for x in summary(out) if of.items() <= x.items()]
-    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 1, "A": 1, "B": 1}
-    result["joining"] = compared(["B"], better=6)
-    file.write_text(json.dumps(result))
-    lines = [x for x in summary(out) if of.items() <= x.items()]
-    assert {x["institution"]: x["seeds"] for x in lines} == {results.ALL: 2, "A": 1, "B": 1}
-
-
-def test_institutions_that_could_not_be_compared_are_counted(tmp_path):
-    out = joined_sweep(tmp_path / "sweep")
-    assert "not compared" not in results.tables(summary(out), [])[0][0]
-    for cell in ("few-1", "few-2"):
-        file = results.run_dir(out, cell) / "result.json"
-        result = json.loads(file.read_text())
-        result["joining"]["not_compared"] = {"C": "bad-configuration"}
-        file.write_text(json.dumps(result))
-    lines = summary(out)
-    assert [x["not_compared"] for x in lines if x["institution"] == results.ALL] == [2, 0]
-    head, *rows = results.tables(lines, [])[0]
-    assert [row[head.index("not compared")] for row in rows] == ["2", ""]
-    result["joining"] = {"not_compared": {"A": "timeout", "B": "timeout"}}  # nothing is left
-    for cell, counts in (("few-2", [3, 0]), ("few-1", [4, 0])):
-        (results.run_dir(out, cell) / "result.json").write_text(json.dumps(result))
-        lines = [x for x in summary(out) if x["institution"] == results.ALL]
-        assert [x["not_compared"] for x in lines] == counts
-        assert ("gain" in lines[0]) == (cell == "few-2")
-        said = conclusion.of(lines[:1], ["holdings"]).note
-        assert said.startswith("At most one seed") == (cell == "few-2")
-    assert "Not compared: institutions of all seeds" in results.caption(lines[:1])
-    one = summary(joined_sweep(tmp_path / "one"))[0]
-    one |= {"not_compared": 1, "gain_ci95": None, "accuracy_ci95": None}  # one seed was run
-    assert conclusion.of([one], ["holdings"]).note.startswith("One seed cannot show")
-
-
-def test_institutions_that_train_together_are_counted_also_without_held_out_rows(tmp_path):
-    out = joined_sweep(tmp_path / "sweep")
-    for cell in (out / "cells").iterdir():
-        result = json.loads((cell / "result.json").read_text())
-        (cell / "result.json").write_text(json.dumps(result | {"population": 10}))
-    assert summary(out)[0]["institutions"] == 10
-
-
 def save_sweep(out, cells):
     """Write a sweep of one setting: arm -> the result of each of its seeds."""
     cases = [
@@ -667,69 +435,6 @@ def test_an_institution_named_all_keeps_its_figures(tmp_path):
     assert file_names([results.ALL])[results.ALL] != results.ALL
 
 
-def test_a_gain_in_exact_matches_is_not_one_against_an_accuracy(tmp_path):
-    """Local answers of few kinds have an accuracy, too; those of the federation have none."""
-    answers = {"token_loss": 1.0, "generated": 200}
-    local = answers | {"exact_match": 0.4, "accuracy": 0.6, "macro_f1": 0.5}
-    cells = {"local": [local] * 2, "federated": [answers | {"exact_match": 0.5}] * 2}
-    lines = summary(save_sweep(tmp_path / "sweep", cells))
-    assert [x["accuracy"] for x in lines] == [0.4, 0.5]
-    assert lines[1]["gain_over_local"] == pytest.approx(0.1)
-    for generated in (True, False):
-        words = sweep_page._words(
-            ["local"], [], [1], 0, generated=generated, as_many_steps=not generated
-        )
-        assert ("the same number of steps" in words[0]) == (not generated)
-        assert ("on the same held-out rows" in words[0]) != generated
-
-
-@pytest.mark.parametrize("budgets", [{}, {"privacy.epsilon": [1.0, 8.0]}])
-@pytest.mark.parametrize("rounds", [2, 3])
-def test_a_page_says_whether_arms_took_as_many_steps(sweep_file, budgets, rounds):
-    """An arm without DP has a budget of its own, at which no other arm runs."""
-    grid = "".join(f"{key} = {value}\n" for key, value in budgets.items())
-    text = f'arms = ["federated", "federated-dp"]\n[set.federated]\nfederation.rounds = {rounds}\n'
-    cases = sweep.read(sweep_file(f"{text}[grid]\nseed = [1, 2]\n{grid}"))
-    about = {
-        "cases": [
-            {"arm": c.arm, "axes": c.axes, "seed": c.config.seed, "cells": {"": str(number)}}
-            for number, c in enumerate(cases)
-        ]
-    }
-    configs = {str(number): c.config for number, c in enumerate(cases)}
-    assert sweep_page._as_many_steps(about, configs) == (rounds == 2)
-
-
-def test_a_page_says_of_which_models_at_home_a_promise_is(sweep_file):
-    """Also names the budget of those that are drawn, not of another arm."""
-    text = 'arms = ["local-dp", "federated", "federated-dp"]\n[set]\nhome.epsilon = 8.0\n'
-    text += "[set.local-dp]\nprivacy.epsilon = 1.0\n[grid]\nseed = [1]"
-    cases = sweep.read(sweep_file(text, **{"home.method": "fine-tune"}))
-    configs = {c.arm: c.config for c in cases}
-    about = {"cases": [{"arm": c.arm, "axes": {}, "cells": {"": c.arm}} for c in cases]}
-    line = {"gain": 0.1, "gain_ci95": None, "records": 60, "institutions": 4, "same_as": ""}
-    lines = [line | {"arm": "federated-dp", "institution": results.ALL, "epsilon": 8.0}]
-    section = sweep_page._joining(lines, configs, about)
-    first, second = section.words[1:3]
-    assert first.startswith("In federated with home.epsilon inf: alone and own have no")
-    assert second.startswith("In federated-dp with home.epsilon 8: ")
-    del configs["federated"]
-    assert not sweep_page._joining(lines, configs, about).words[1].startswith("In ")
-
-
-def test_a_gain_counts_its_own_seeds_and_no_file_shows_them(tmp_path):
-    cells = {
-        arm: [{"accuracy": 0.5 + seed / 10} for seed in range(seeds)]
-        for arm, seeds in (("local", 4), ("local-dp", 3), ("federated-dp", 4))
-    }
-    out = save_sweep(tmp_path / "sweep", cells)
-    line = next(x for x in summary(out) if x["arm"] == "federated-dp")
-    assert line["seeds"] == 3
-    assert (line["gain_over_local_n"], line["gain_over_local_dp_n"]) == (4, 3)
-    results.write(out)
-    assert "_n" not in (out / "results.csv").read_text().splitlines()[0].replace('"', "")
-
-
 def test_results_of_an_earlier_grid_go_when_no_case_of_the_new_one_is_complete(tmp_path):
     out = save_sweep(tmp_path / "sweep", {"federated": [{"accuracy": 0.5}]})
     results.write(out)
@@ -739,135 +444,6 @@ def test_results_of_an_earlier_grid_go_when_no_case_of_the_new_one_is_complete(t
     (out / results.MANIFEST).write_text(json.dumps(about))
     results.write(out)
     assert {path.name for path in out.iterdir()} == {results.MANIFEST, "cells"}
-
-
-def test_a_sweep_draws_the_gain_against_the_records_held(tmp_path):
-    lines = [x for x in summary(joined_sweep(tmp_path / "sweep")) if x["gain"] is not None]
-    pooled = [x for x in lines if x["institution"] == results.ALL]
-    free = [x | {"arm": "federated", "privacy.epsilon": "inf"} for x in pooled]
-    ((title, svg),) = joining_page.by_records([*free, *pooled], "privacy.epsilon", 8.0).items()
-    assert title == "Gain of joining by records held"
-    assert "epsilon 8, 2 institutions of 60 records: +22.7" in svg
-    assert "no DP, 4 institutions of 60 records: +22.7" in svg
-    assert svg.index(">epsilon 8</text>") < svg.index(">no DP</text>")  # panels
-    assert (
-        joining_page.by_records([x | {"gain": None} for x in pooled], "privacy.epsilon", 8.0) == {}
-    )
-    assert joining_page.by_records([free[0], pooled[0]], "privacy.epsilon", 8.0) == {}
-    many = [pooled[0] | {"institutions": 2 + number} for number in range(9)]
-    (title,) = joining_page.by_records(many, "privacy.epsilon", 8.0)
-    assert title.endswith("(the 8 smallest of 9 numbers of institutions)")
-    spent = [x | {"epsilon": 7.994 + number / 1000} for number, x in enumerate(pooled)]
-    without_axis = [{k: v for k, v in x.items() if k != "privacy.epsilon"} for x in spent]
-    (svg,) = joining_page.by_records(without_axis, "privacy.epsilon", 8.0).values()
-    assert svg.count(">epsilon 8</text>") == 1 and "epsilon 7.99" not in svg
-
-
-def test_seeds_that_agree_by_chance_are_no_surer_than_their_runs(tmp_path):
-    out = joined_sweep(tmp_path / "sweep")
-    for name in ("few-1", "few-2"):
-        place = results.run_dir(out, name)
-        result = json.loads((place / "result.json").read_text())
-        result["joining"]["gain"] |= {"mean": 0.2, "low": 0.1, "high": 0.4}
-        result["joining"]["institutions"]["A"] |= {"gain": 0.2, "low": 0.0, "high": 0.4}
-        (place / "result.json").write_text(json.dumps(result))
-    everyone, alpha = summary(out)[:2]
-    assert everyone["gain_ci95"] == pytest.approx(0.15 * math.sqrt(1 / 2 + 0.25))
-    assert (alpha["institution"], alpha["gain"]) == ("A", pytest.approx(0.2))
-    assert alpha["gain_ci95"] == pytest.approx(0.2 * math.sqrt(1 / 2 + 0.25))
-    test_file = from_flat({"data.source": "/data/a.csv", "data.test-source": "/data/b.csv"})
-    for cell in (out / "cells").iterdir():  # other rows are no part of it: one test file
-        (cell / "config.toml").write_text(test_file.to_toml())
-    assert summary(out)[0]["gain_ci95"] == 0
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "drawn"),
-    [
-        ("data.max-records", 160, True),
-        ("home.institutions", 2, True),
-        ("seed", 9, True),
-        ("training.max-length", 40, False),
-        ("data.source", "/elsewhere/../data/a.csv", True),
-        ("data.source", "/data/b.csv", False),
-    ],
-)
-def test_the_gain_is_drawn_against_records_if_nothing_else_varies(tmp_path, key, value, drawn):
-    out = joined_sweep(tmp_path / "sweep")
-    for number, cell in enumerate(sorted((out / "cells").iterdir())):
-        made = from_flat({"data.source": "/data/a.csv"}).replace({key: value} if number else {})
-        (cell / "config.toml").write_text(made.to_toml())
-    pooled = [x for x in summary(out) if x["institution"] == results.ALL]
-    found = results.read(out)
-    section = sweep_page._joining(pooled, found.configs, found.about)
-    assert bool(section.figures) == drawn and section.words
-
-
-def test_the_conclusion_of_a_sweep_with_models_at_home_is_about_joining(tmp_path):
-    pooled = summary(joined_sweep(tmp_path / "sweep"))
-    pooled = [x for x in pooled if x["institution"] == results.ALL]
-    values = [(0.05, 0.04), (0.03, 0.04), (0.02, 0.03), (-0.04, 0.03)]
-    assert pooled[0]["classes_with_few_texts"] == 1
-    pooled[0]["classes_with_few_texts"] = 0
-    lines = [pooled[0] | {"seeds": 3, "gain": g, "gain_ci95": half} for g, half in values]
-    free = lines[0] | {"arm": "federated", "gain": 0.09, "gain_ci95": 0.01}
-    found = conclusion.of([*lines, free], ["holdings"])
-    assert "Under differential privacy in 1 of 4 settings, and in 1 it costs" in found.note
-    assert "Without it in 1 of 1 settings, and in 0 it costs" in found.note
-    assert "Largest gain: +9.0 ± 1.0 points, federated (few)" in " ".join(found.words)
-    assert "Smallest gain: -4.0 ± 3.0 points" in " ".join(found.words)
-    assert found.caution and not found.bad  # one setting costs
-    rarer = {"gain_macro_f1": -0.06, "gain_macro_f1_ci95": 0.05}
-    assert not conclusion.of([*lines[:2], free], ["holdings"]).caution
-    assert conclusion.of([*lines[:2], free | rarer], ["holdings"]).caution
-    # 1 of 3 can be chance: of 3 with 0.025 each, none pays in 92.7 % only, and two in 0.2 %
-    assert conclusion.of([*lines[:3], free], ["holdings"]).caution
-    assert not conclusion.of([lines[0], lines[0], lines[2]], ["holdings"]).caution
-    assert conclusion.of([*lines[1:3], free], ["holdings"]).caution  # it pays without DP only
-    once = conclusion.of([*lines[1:], free], ["holdings"])  # one cost of three can be chance too
-    assert once.caution and not once.bad
-    assert conclusion.of([lines[3], lines[3], lines[1]], ["holdings"]).bad
-    assert "pays: Without differential privacy in 1 of 1" in conclusion.of([free], []).note
-    rare = [(0.02, 0.01), (0.02, 0.03), (-0.06, 0.05), (-0.02, 0.01), (0.0, 0.1)]
-    lines_and_rare = zip([*lines, free], rare, strict=True)
-    both = [x | {"gain_macro_f1": g, "gain_macro_f1_ci95": half} for x, (g, half) in lines_and_rare]
-    said = " ".join(conclusion.of(both, ["holdings"]).words)
-    assert "each class alike, joining pays in 1 of 5 settings and costs in 2." in said
-    both[0]["classes_with_few_texts"] = both[2]["classes_with_few_texts"] = 1
-    said = " ".join(conclusion.of(both, ["holdings"]).words)
-    assert "joining pays in 0 of 3 settings and costs in 1. In 2 of the settings a class" in said
-    assert conclusion.of(lines[3:], ["holdings"]).bad
-    assert conclusion.of(lines[2:3], ["holdings"]).caution
-    assert "Too few seeds" in " ".join(conclusion.of([lines[0] | {"seeds": 2}], []).words)
-    one = conclusion.of([lines[0] | {"seeds": 1, "gain_ci95": None}], [])
-    assert one.note.startswith("One seed cannot show") and one.caution
-
-
-@pytest.mark.parametrize(
-    ("settings", "gain", "start"),
-    [
-        (1, 0.05, "Joining pays"),
-        (4, 0.05, "Joining makes no difference"),  # within 0.055
-        (4, 0.12, "Joining pays"),
-        (4, -0.12, "Joining does not pay"),
-    ],
-)
-def test_the_best_of_several_settings_has_a_wider_interval(settings, gain, start):
-    """Of 10 seeds, where another figure has 3: Student's t at 1 - 0.025 / 4 is 3.1109, at 0.975 it
-    is 2.2622 (tables).
-    """
-    best = {
-        "arm": "federated-dp", "axis": 0, "seeds": 3, "accuracy": 0.8, "same_as": "",
-        "gain_over_local": gain, "gain_over_local_ci95": 0.04, "gain_over_local_n": 10,
-    }  # fmt: skip
-    others = [best | {"axis": i, "accuracy": 0.7} for i in range(1, settings)]
-    same = best | {"axis": 9, "same_as": "axis 0"}  # the same runs: no further choice
-    found = conclusion.of([best, *others, same], ["axis"])
-    assert found.note.startswith(start)
-    half = 4.0 * (3.1109 / 2.2622 if settings > 1 else 1)
-    assert f"95 % interval ± {half:.1f}" in found.note
-    allowed = f"; its level allows for the choice among {settings} settings." in found.note
-    assert allowed == (settings > 1)
 
 
 def test_arms_of_one_institution_do_not_train_at_home(sweep_file):
@@ -1052,17 +628,6 @@ def test_the_reason_of_a_failed_cell_is_its_error_or_how_it_ended(tmp_path, log,
     assert ("rare-classes" in said) == (code == -9)
 
 
-def test_a_sweep_whose_tracker_fails_leaves_nothing_behind(sweep_file, tmp_path, monkeypatch):
-    def unreachable(*_):
-        raise InputError("tracking.mlflow is 'x', but nothing can be logged there")
-
-    monkeypatch.setattr(cells.tracking, "begin_sweep", unreachable)
-    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
-    result = invoke("sweep", path, "--out", out)
-    assert result.exit_code == 2 and "nothing can be logged" in result.stderr
-    assert not out.exists()
-
-
 def test_of_two_sweeps_that_start_at_once_in_one_directory_the_second_is_refused(
     sweep_file, tmp_path, monkeypatch
 ):
@@ -1114,75 +679,6 @@ def run_cells(path, out, execute):
         execute=execute,
         console=Terminal(quiet=True),
     )
-
-
-def observed(arguments):
-    """`fedlora` in the process of a cell; notes the models alone before and after."""
-    directory = Path(os.environ[alone_models.DIRECTORY])
-
-    def kept():
-        return {file.name: file.stat().st_ino for file in directory.glob("*")}
-
-    before = kept()
-    try:
-        execute(arguments)
-    finally:
-        note = json.dumps([before, kept()])
-        Path(arguments[-1]).parent.joinpath(f"{time.time_ns()}.note").write_text(note)
-
-
-@pytest.mark.slow
-def test_the_cells_of_one_call_share_models_alone(sweep_file, tmp_path):
-    """A cell that trains a model alone writes its file anew; the second and third write none."""
-    text = 'arms = ["federated", "federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0, inf]'
-    out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
-    done = run_cells(sweep_file(text, **keys), out, observed)
-    assert (done["done"], done["failed"]) == (3, {})
-    first, *others = [json.loads(file.read_text()) for file in sorted(out.glob("cells/*.note"))]
-    assert first[0] == {} and len(first[1]) == 4 and others == [[first[1], first[1]]] * 2
-    assert not (out / cells.ALONE_MODELS).exists()
-    lines = [x for x in done["results"] if x["institution"] == results.ALL]
-    assert len({x["alone"] for x in lines}) == 1 and lines[0]["alone"] is not None
-
-
-def test_models_alone_of_an_interrupted_call_stay_unless_of_other_code(tmp_path, monkeypatch):
-    kept = cells._alone_models(tmp_path)
-    kept.mkdir(parents=True)
-    (kept / "one").touch()
-    assert cells._alone_models(tmp_path) == kept and (kept / "one").exists()
-    monkeypatch.setattr(cells, "environment", lambda: {"code": "other", "command": ["x"]})
-    other = cells._alone_models(tmp_path)
-    assert other != kept and not kept.exists()
-    monkeypatch.setattr(cells, "environment", lambda: {"code": "other", "command": ["y"]})
-    assert cells._alone_models(tmp_path) == other
-
-
-def fails_at_four(arguments):
-    """`fedlora` in the process of a cell; the cell of epsilon 4 fails."""
-    if "epsilon-4" in arguments[-1]:
-        sys.exit(1)
-    execute(arguments)
-
-
-@pytest.mark.slow
-def test_a_sweep_with_a_failed_cell_keeps_its_models_alone(sweep_file, tmp_path):
-    text = 'arms = ["federated-dp"]\n[grid]\nprivacy.epsilon = [8.0, 4.0]'
-    out, keys = tmp_path / "out", {"home.method": "interpolate", "home.steps": 4}
-    done = run_cells(sweep_file(text, **keys), out, fails_at_four)
-    assert done["done"] == 1 and len(done["failed"]) == 1
-    (kept,) = (out / cells.ALONE_MODELS).iterdir()
-    assert len(list(kept.glob("*.safetensors"))) == 4
-
-
-def test_a_cell_waits_while_another_may_train_its_models_alone(tiny_config):
-    def cell(name, **values):
-        return sweep.Cell(name=name, config=tiny_config(**values), institutions=4, cost=1.0)
-
-    one, two = cell("a", **{"privacy.epsilon": 1.0}), cell("b", **{"privacy.epsilon": 8.0})
-    other = cell("c", seed=5)
-    assert cells._next([one, two, other], []) is one
-    assert cells._next([two, other], [one]) is other
-    assert cells._next([two], [one]) is two
 
 
 @pytest.mark.slow
@@ -1269,7 +765,7 @@ def _sleep_through_interrupts(ready) -> None:
 
 
 def test_a_second_interrupt_kills_cells_that_do_not_end(tmp_path):
-    runner = cells._Runner(tmp_path, 2, "inline", print, 0, Terminal(quiet=True), "", tmp_path)
+    runner = cells._Runner(tmp_path, 2, "inline", print, 0, Terminal(quiet=True), "")
     spawn = multiprocessing.get_context("spawn")
     for _ in range(2):
         ready = spawn.Event()
