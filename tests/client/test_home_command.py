@@ -146,7 +146,7 @@ def bank(tmp_path, tiny_encoder, complaints, tiny_config):
             max_delta=1e-4,
             without_dp=True,
         )
-        Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+        Ledger.create(tmp_path / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="prv")
         return made
 
     return make
@@ -323,7 +323,7 @@ def test_where_the_ledger_is_of_other_records_than_given_now_the_command_says_so
     event = Event(noise_multiplier=1.0, sample_rate=0.5, steps=1)
     with Ledger.open(made.directory / "ledger.db") as ledger:
         ledger.bind(records.load(config).train(0).fingerprint, config.privacy.unit)
-        charge = {"round_number": 1, "order_digest": "00", "event": event, "planned": [event]}
+        charge = {"round_number": 1, "order_digest": "00", "event": event}
         ledger.charge(run_id=RUN, max_steps_of_run=1, **charge)
     paying = made.result("--run", "first", "--out", made.directory / "one")
     assert paying["held_out"]["from"] == "test-source"

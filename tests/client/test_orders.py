@@ -228,7 +228,7 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
     assert _refused(limited, order) == "epsilon-too-large"
     strict = dataclasses.replace(who, max_delta=0.0038, max_run_epsilon=50.0)
     assert _refused(strict, order) == "delta-too-large"
-    exact = dataclasses.replace(who, max_delta=0.0039, max_run_epsilon=15.0)
+    exact = dataclasses.replace(who, max_delta=0.0039, max_run_epsilon=20.0)
     assert exact.answer(order).privacy.epsilon <= 8.0
 
 

@@ -163,7 +163,7 @@ def prepare(directory: Path, complaints: Path, names: tuple[str, ...] = NAMES) -
         own |= {"max-run-epsilon": 5.0, "max-delta": 1e-4}
         file.write_text(tomli_w.dumps(tomllib.loads(file.read_text()) | own))
         Ledger.create(
-            folder / "ledger" / "ledger.db", max_epsilon=50.0, delta=1e-4, accountant="rdp"
+            folder / "ledger" / "ledger.db", max_epsilon=50.0, delta=1e-4, accountant="prv"
         )
     if os.geteuid() == 0:
         for path in (directory / "institutions", directory / "server"):
@@ -236,7 +236,7 @@ def institutions(rows, tiny_encoder):
             file.chmod(0o600)
             if ledgers:
                 Ledger.create(
-                    rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp"
+                    rows / name / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="prv"
                 )
             files.append(file)
         (rows / NODES).write_text(json.dumps(dict(enumerate(remote.BANKS, 1))))

@@ -133,7 +133,7 @@ def institution(made, complaints, tiny_encoder):
     ):
         text = text.replace(old, new)
     file.write_text(text)
-    Ledger.create(folder / "ledger" / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+    Ledger.create(folder / "ledger" / "ledger.db", max_epsilon=9.0, delta=1e-4, accountant="prv")
     return file
 
 
@@ -184,7 +184,7 @@ def test_a_ledger_is_held_against_the_records(institution, gateway, complaints, 
     assert "ledger-foreign" in found("fail")  # its texts are not trained on
     institution.write_text(text)
     ledger.unlink()
-    Ledger.create(ledger, max_epsilon=9.0, delta=0.01, accountant="rdp")
+    Ledger.create(ledger, max_epsilon=9.0, delta=0.01, accountant="prv")
     said = found("fail")
     assert "ledger-delta" in said and "another ledger with a smaller --delta" in said
 
@@ -257,7 +257,7 @@ def test_an_institution_erases_the_secrets_of_a_run_that_ended_without_it(pinned
     with Ledger.open(folder / "ledger" / "ledger.db") as ledger:
         assert ledger.history() == spent  # the charge stands
     ledger_file.unlink()  # another ledger for other records; the old one had the run's charge
-    Ledger.create(ledger_file, max_epsilon=1.0, delta=1e-6, accountant="rdp")
+    Ledger.create(ledger_file, max_epsilon=1.0, delta=1e-6, accountant="prv")
     again = CliRunner().invoke(app, [*command, "first"])
     assert again.exit_code == 0 and "has no charge of it" in again.output
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import server.app
-from client import config_policy, settings
+from client import config_policy, measurement, settings
 from client.institution import Institution
 from client.ledger import Ledger
 from client.releases import Releases
@@ -158,7 +158,7 @@ def test_no_institution_is_asked_for_figures_of_its_own_adapter(
     files, asked = institutions(), []
     for file in files:
         file.write_text(file.read_text().replace('"svd"', '"fedsa"'))
-    monkeypatch.setattr(Institution, "evaluate", lambda who, order: asked.append(who.name))
+    monkeypatch.setattr(measurement, "evaluate", lambda who, order: asked.append(who.name))
     result = _run(deployed(**{"federation.strategy": "fedsa"}), files)
     assert result["released"] == dict.fromkeys(BANKS, "stored")
     assert not asked and "not_evaluated" not in result and result["institutions"] == {}
@@ -302,7 +302,6 @@ def test_a_node_that_must_use_a_gpu_does_not_train_without_one(deployed, institu
         ("models = []", "models is missing"),
         ('strategies = ["fedavgg"]', "strategies has 'fedavgg'; each must be MODULE:OBJECT or one"),
         ('report = ["accuracy"]', "report has 'accuracy'; only loss and records may leave"),
-        ("rank = 65", "rank is 65; it must be at most max-rank (64)"),
         ("threads = 100000", "threads is 100000; it must be at most"),
         ('gateway = "fed.example.org:84x43"', "it must be HOST:PORT"),
         ('gateway = "fed example.org:8443"', "'fed example.org:8443'; it must be HOST:PORT"),
@@ -363,7 +362,7 @@ def test_noise_that_drowns_everything_is_refused_before_a_charge_where_all_sizes
             assert bool(ledger.show()["entries"]) == (known < 4 or bool(accept))
 
 
-@pytest.mark.parametrize("believed", [64, 2**23])
+@pytest.mark.parametrize("believed", [64, 2**20])
 def test_a_claimed_size_counts_no_more_than_the_server_believes(
     deployed, institutions, rows, monkeypatch, believed
 ):
@@ -371,7 +370,7 @@ def test_a_claimed_size_counts_no_more_than_the_server_believes(
     files = institutions()
     (rows / SIZES).write_text(json.dumps({**dict.fromkeys(BANKS, 64), "Beta": believed}))
     values = {"federation.weighting": "public-size", "federation.rounds": 1, "privacy.delta": 0.0}
-    plan = plan_run(deployed(**values), 2**23, 1)
+    plan = plan_run(deployed(**values), 2**20, 1)
     figures = ("delta", "sample_rate", "noise_multiplier")
     honest, weigh, weights = wire.pack_update, Round.weight, {}
 
@@ -380,7 +379,7 @@ def test_a_claimed_size_counts_no_more_than_the_server_believes(
             return honest(update)
         lie = {name: getattr(plan, name) for name in figures}
         privacy = dataclasses.replace(update.privacy, **lie)
-        return honest(dataclasses.replace(update, size=2.0**23, privacy=privacy))
+        return honest(dataclasses.replace(update, size=2.0**20, privacy=privacy))
 
     def weight(self, update):
         weights[update.institution] = weigh(self, update)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from client.ledger import Ledger
+from client.dp_sgd import SLACK
 from experiments import report
 from fedlora.data import records
 from fedlora.errors import InputError
@@ -63,7 +64,7 @@ def _clipped_sum(config, name: str, number: int) -> tuple[np.ndarray, int]:
         loss = work.task.losses(work.model, batch, work.labels).sum()
         gradients = torch.autograd.grad(loss, parameters)
         flat = torch.cat([g.double().flatten() for g in gradients]).numpy()
-        total += flat * min(1.0, config.privacy.max_grad_norm / np.linalg.norm(flat))
+        total += flat * min(1.0, config.privacy.max_grad_norm / (1 + SLACK) / np.linalg.norm(flat))
     assert len(rows) > 10
     return total, accounting.public_size(len(shard))
 

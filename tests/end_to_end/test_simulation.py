@@ -517,7 +517,7 @@ def test_rounds_asked_count_although_no_answer_arrived(tiny_config):
     assert (alpha["steps"], alpha["unreported_steps"]) == (3, 1)
     # The server's own figures; the institution's are quoted as its word.
     assert alpha["noise_multiplier"] == plan.noise_multiplier
-    assert alpha["epsilon"] == composition.epsilon(plan.events, 1e-4, "rdp")
+    assert alpha["epsilon"] == composition.epsilon(plan.events, 1e-4, "prv")
     assert alpha["institution_says"] == dataclasses.asdict(spent)
     bound = {"rounds_asked": 2, "epsilon_at_most": 8.0, "delta": 1e-4}
     assert said["without_report"] == {"Beta": bound}

@@ -156,7 +156,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         file.write_text(tomli_w.dumps(own))
         file.chmod(0o600)
         self.ledger = self.directory / "ledger.db"
-        Ledger.create(self.ledger, max_epsilon=LIMIT, delta=DELTA, accountant="rdp")
+        Ledger.create(self.ledger, max_epsilon=LIMIT, delta=DELTA, accountant="prv")
         self.node_config = {"settings": str(file)}
 
     # What the institution sees.
@@ -214,7 +214,7 @@ class InstitutionMachine(RuleBasedStateMachine):
         run=st.sampled_from(["a1", "b2", "c3"]),
         round=st.integers(1, 4),
         participations=st.sampled_from([1, 3, 3, 3]),
-        allowed=st.sampled_from([0, 0, 0, 1, 2, 3, 4]),
+        allowed=st.sampled_from([0, 0, 0, *range(1, len(ALLOWED))]),
         adapter=st.sampled_from(["as it is", "as it is", "moved"]),
     )
     def order(self, run, round, participations, allowed, adapter):
@@ -269,7 +269,7 @@ class InstitutionMachine(RuleBasedStateMachine):
     @rule(
         sent=orders,
         participations=st.sampled_from([None, 1, 5]),
-        allowed=st.sampled_from([None, 1, 2, 3, 4]),
+        allowed=st.sampled_from([None, *range(1, len(ALLOWED))]),
     )
     def changed_order(self, sent, participations, allowed):
         """The same round under another plan: followed only if nothing was before."""

@@ -170,20 +170,20 @@ def test_whatever_is_in_a_field_the_reply_is_refused_or_the_statement_holds(fiel
     else:
         stated = SPENDING.stated(replies.privacy["bank"], 3)
         less = dataclasses.replace(PLAN, noise_multiplier=stated["noise_multiplier"])
-        assert stated["epsilon"] == composition.epsilon(less.events, 1e-4, "rdp")
+        assert stated["epsilon"] == composition.epsilon(less.events, 1e-4, "prv")
         assert stated["noise_multiplier"] <= PLAN.noise_multiplier
         for record in (stated, stated.pop("institution_says")):
             assert record.pop("ledger_epsilon_alone") >= 7.0  # also inf: its own share is nothing
             json.dumps(record, allow_nan=False)
 
 
-@pytest.mark.parametrize("share", [0.99999, 1.005])
+@pytest.mark.parametrize("share", [0.9999999, 1.005])
 def test_of_two_figures_for_the_noise_within_the_tolerance_the_smaller_one_is_stated(share):
     said = dataclasses.replace(HONEST, noise_multiplier=share * PLAN.noise_multiplier)
     stated = SPENDING.stated(dataclasses.asdict(said), 3)
     least = min(said.noise_multiplier, PLAN.noise_multiplier)
     assert stated["noise_multiplier"] == least
-    planned = composition.epsilon(PLAN.events, 1e-4, "rdp")
+    planned = composition.epsilon(PLAN.events, 1e-4, "prv")
     assert stated["epsilon"] > planned if share < 1 else stated["epsilon"] == planned
 
 
@@ -375,5 +375,5 @@ def test_the_plan_of_a_run_with_shares_states_the_promised_and_the_lonely_epsilo
     said = SUMMED.stated(dataclasses.asdict(SUM_UPDATE.privacy), rounds_asked=3)
     plan = plan_run(SUMMED.config, 64, 3)
     assert said["steps"] == 3 and said["epsilon"] <= 8.0 < said["epsilon_alone"]
-    assert said["epsilon"] == composition.epsilon(plan.events, plan.delta, "rdp")
-    assert said["epsilon_alone"] == accounting.epsilon_alone(plan.events, plan.delta, "rdp")
+    assert said["epsilon"] == composition.epsilon(plan.events, plan.delta, "prv")
+    assert said["epsilon_alone"] == accounting.epsilon_alone(plan.events, plan.delta, "prv")
