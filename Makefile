@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := simulation,experiments,qlora,demo,dev
+EXTRAS := simulation,qlora,demo,dev
 
 # .venv is made anew where its Python does not start, or is another version than that of a PYTHON that was given.
 VERSION := import sys; print("%d.%d" % sys.version_info[:2])

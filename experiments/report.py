@@ -32,7 +32,7 @@ from fedlora.runs.run_files import (
     read_run_file,
     void,
 )
-from server.privacy_statement import largest_epsilon
+from server.privacy_statement import epsilon_alone, largest_epsilon, with_earlier_runs
 
 FILE = "report.html"
 LIVE_SECONDS = 3.0
@@ -202,12 +202,27 @@ def _promise(config: RunConfig, privacy: Mapping[str, Any]) -> list[str]:
         f"Epsilon {at_most(epsilon)} at most, per {config.privacy.unit}. Adversary: "
         f"{privacy['adversary']}."
     )
+    if trusted := privacy.get("secure_aggregation"):
+        alone = epsilon_alone(privacy)
+        said.append(
+            f"{trusted['honest']} honest institutions must be in every sum, of "
+            f"{trusted['institutions']}; if all others collude, epsilon is "
+            f"{at_most(float('inf' if alone is None else alone))}."
+        )
+    if most := with_earlier_runs(config, privacy):
+        said.append(
+            f"With earlier runs on the same ledger: epsilon {at_most(most['ledger_epsilon'])} at "
+            f"delta {most['ledger_delta']:g}, of {most['ledger_limit']:g} that its institution "
+            "allows."
+        )
     if found := privacy.get("odds"):
         for prior, after in sorted(found["suspicion"].items(), reverse=True):
             said.append(
                 f"A suspicion of {100 * float(prior):g} % that a certain {config.privacy.unit} was "
                 f"trained on can rise to {100 * after:.4g} % at most."
             )
+        if config.adapter.start:
+            said.append("What the start adapter reveals of the same records is not in these odds.")
     if config.privacy.unit == "record":
         said.append(
             f"A customer with two records has twice the epsilon, {at_most(2 * epsilon)}; the key "

@@ -70,7 +70,7 @@ def test_no_two_files_import_each_other_directly_or_through_others():
 def test_a_bank_s_node_loads_no_module_of_simulations_or_experiments(modules_of_a_node):
     assert "client.training" in modules_of_a_node
     packages = {name.partition(".")[0] for name in modules_of_a_node}
-    assert packages & {*ALLOWED, "matplotlib", "datasets", "ray"} == {
+    assert packages & {*ALLOWED, "datasets", "ray"} == {
         "cli",
         "deployment",
         "client",

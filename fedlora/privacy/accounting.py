@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-from scipy.optimize import brentq  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy import composition
 from fedlora.privacy.composition import Event
@@ -77,6 +75,8 @@ def noise_multiplier(
         low, high = high, high * 2
     while excess(low) <= 0:
         low, high = low / 1.5, low
+
+    from scipy.optimize import brentq  # pyright: ignore # not at startup: it takes 0.3 s
 
     def of_log(x: float) -> float:
         return excess(math.exp(x))

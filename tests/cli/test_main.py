@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -169,7 +167,7 @@ def test_bad_input_that_no_encoding_can_write_is_one_line(config_file, tmp_path)
     deep = tmp_path / "deep.jsonl"
     deep.write_text("[" * 100_000)
     assign = ("--set", f"data.source={deep}")
-    refused("run", config_file(), *assign, words=["line 1 is nested too deeply"])
+    refused("run", config_file(), *assign, words=["deep.jsonl", "cannot be read"])
     done = tmp_path / "done"
     done.mkdir()
     (done / "config.toml").write_text(config_file().read_text())
@@ -354,8 +352,6 @@ def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     sigma = forward["noise_multiplier"]
     back = json.loads(invoke("plan", *common, "--noise-multiplier", sigma).stdout)
     assert back["epsilon"] == pytest.approx(forward["epsilon"]) and back["epsilon"] <= 3
-    table = json.loads(invoke("plan", *common, "--epsilon", 3, "--table").stdout)["table"]
-    assert len(table) > 5
     run = plan_run(
         RunConfig(
             training=TrainingConfig(batch_size=128, sample_rate=0.0, local_steps=1),
@@ -441,14 +437,6 @@ def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("package", ["matplotlib"])
-def test_pages_without_what_draws_them_are_refused_at_once(tmp_path, missing, package):
-    missing(package)
-    words = [f"needs the Python package {package}", "constraints.txt -e '.[experiments]'"]
-    refused("report", tmp_path, words=words)
-    refused("sweep", tmp_path / "x.toml", words=words)
-
-
 def test_a_run_that_is_interrupted_while_its_page_is_drawn_gives_its_results(
     config_file, tmp_path, monkeypatch
 ):
@@ -460,21 +448,3 @@ def test_a_run_that_is_interrupted_while_its_page_is_drawn_gives_its_results(
     done = invoke("run", config_file(), "--out", out, "--engine", "inline", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["rounds"] == 1
     assert f"not written (KeyboardInterrupt); try: fedlora report {out}" in done.stderr
-
-
-def test_a_run_without_what_draws_its_page_is_complete_and_warns(config_file, tmp_path):
-    """In a process of its own, in which the packages cannot be imported either."""
-    code = """
-import sys
-for name in ("matplotlib", "jinja2"):
-    sys.modules[name] = None
-from cli.main import app
-app(sys.argv[1:])
-"""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", code, "run", config_file(), "--out", out, *QUIETLY]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (out / "result.json").exists() and not (out / "report.html").exists()
-    assert "warning: report.html was not written" in done.stderr
-    assert "constraints.txt -e '.[experiments]'" in done.stderr

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.ledger import Ledger
 from client.dp_sgd import SLACK
+from client.ledger import Ledger
 from experiments import report
 from fedlora.data import records
 from fedlora.errors import InputError

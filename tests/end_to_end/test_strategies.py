@@ -333,10 +333,6 @@ def test_a_damaged_kept_part_is_not_replaced_by_another(tiny_config, simulate_ru
     [
         ({"federation.strategy": "exact"}, "takes no server optimizer"),
         (
-            {"federation.strategy": "stack", **PLAIN},
-            "have no mean; use 0",
-        ),
-        (
             {"federation.strategy": "fedsa", "federation.robust": "multi-krum"},
             "institutions keep their B",
         ),

@@ -107,7 +107,6 @@ def test_pooled_customers_of_two_banks_stay_two_units(tiny_config):
     "always",
     [
         "",
-        'federation.weighting = "noised-size"',
         'privacy.trust = "secure-aggregation"\nprivacy.honest = 3\n'
         'federation.weighting = "public-size"',
     ],
@@ -176,8 +175,8 @@ def test_defaults_follow_from_the_keys_of_all(tmp_path):
 def test_training_alone_has_nothing_of_the_federation(sweep_file):
     text = (
         'arms = ["local", "central", "federated"]\n[grid.way]\nplain = {}\n'
-        'own = { federation.aggregate = "own_rule:mean" }\n'
-        "cut = { federation.max-update-norm = 3.0 }\n"
+        'own = { federation.strategy = "own_rule:mean" }\n'
+        'median = { federation.robust = "median" }\n'
     )
     ways: dict[str, set[str]] = {}
     for case in sweep.read(sweep_file(text)):
@@ -192,7 +191,7 @@ def test_training_alone_has_nothing_of_the_federation(sweep_file):
 def test_other_code_of_a_plug_in_is_another_cell(sweep_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = 'arms = ["federated"]\n[grid]\nfederation.aggregate = ["own_rule:mean"]\n'
+    text = 'arms = ["federated"]\n[grid]\nfederation.strategy = ["own_rule:mean"]\n'
     path, names = sweep_file(text), []
     for version in (1, 2):
         code = f"def mean(this_round, updates):\n    return {version}\n"

@@ -33,7 +33,6 @@ def test_every_extra_that_an_error_names_exists_and_installs_the_package():
         ("datasets", "simulation"),
         ("flwr-datasets", "simulation"),
         ("flwr[simulation]", "simulation"),  # Ray
-        ("matplotlib", "experiments"),
         ("bitsandbytes", "qlora"),
     ):
         assert any(line.startswith(package) for line in found[extra]), (package, extra)

@@ -475,7 +475,7 @@ def test_a_start_under_dp_needs_the_ledgers_that_were_charged_for_it(
     both = at_most(max(one["ledger_epsilon"] for one in stated.values()))
     card = (tmp_path / "second" / "adapter" / "README.md").read_text()
     assert f"| largest epsilon of a ledger, all runs charged to it | {both} |" in card
-    own_rounds = "what it started from reveals of the same records is not in"
+    own_rounds = "What the start adapter reveals of the same records is not in"
     for run, said in (("first", False), ("second", True)):
         text = report.write(tmp_path / run).read_text(encoding="utf-8")
         assert (own_rounds in text) == said

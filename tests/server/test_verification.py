@@ -262,8 +262,8 @@ def test_the_promise_to_records_is_said_beside_that_to_institutions(level_direct
     card = (level_directory / "adapter" / "README.md").read_text()
     assert "| largest epsilon of an institution | 8 |" in card and '"epsilon": 4.9' in card
     page = report.write(level_directory).read_text(encoding="utf-8")
-    first = page[page.index("<h2>What was promised") : page.index("<h2>Who must be trusted")]
-    assert "Epsilon 8 at delta" in first and "with two records" in first
+    promise = page[page.index("<h2>What is promised") : page.index("<h2>Identity")]
+    assert "Epsilon 8 " in promise and "with two records" in promise
 
 
 def test_the_second_mechanism_is_computed_anew(level_directory):

@@ -118,7 +118,7 @@ def test_a_check_spends_nothing_and_shows_what_is_left_in_a_ledger(messy, tmp_pa
     make, _ = messy
     ledgers = tmp_path / "ledgers"
     ledgers.mkdir(mode=0o700)
-    for name, limit in (("Alpha", 20.0), ("Sparkasse", 1.0)):
+    for name, limit in (("Alpha", 2.0), ("Sparkasse", 1.0), ("Credit-Nord", 1.0)):
         Ledger.create(ledgers / f"{name}.db", max_epsilon=limit, delta=1e-4, accountant="rdp")
     config = make(
         **{
@@ -128,11 +128,11 @@ def test_a_check_spends_nothing_and_shows_what_is_left_in_a_ledger(messy, tmp_pa
         }
     )
     described = check.describe(config)
-    for name, limit, fits in (("Alpha", 20.0, True), ("Sparkasse", 1.0, False)):
+    for name, limit, fits in (("Alpha", 2.0, False), ("Sparkasse", 1.0, False)):
         said = described["ledgers"][name]
         assert (said["epsilon"], said["left"], said["limit"]) == (0.0, limit, limit)
         assert said["fits"] is fits
-    assert any("budget exhausted: 1 of 3" in reason for reason in described["refused"])
+    assert any("budget exhausted: 3 of 3" in reason for reason in described["refused"])
     assert not Path(config.run_dir).exists()
     for name in ("Alpha", "Sparkasse"):
         with Ledger.open(ledgers / f"{name}.db") as ledger:
@@ -144,9 +144,10 @@ def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, 
     simulate_run(first)
     ledgers = tmp_path / "ledgers"
     ledgers.mkdir(mode=0o700)
-    Ledger.create(ledgers / "Beta.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
-    with Ledger.open(ledgers / "Beta.db") as ledger:
-        ledger.bind("0" * 64, "record")
+    for name in ("Alpha", "Beta", "Gamma", "Delta"):
+        Ledger.create(ledgers / f"{name}.db", max_epsilon=9.0, delta=1e-4, accountant="rdp")
+        with Ledger.open(ledgers / f"{name}.db") as ledger:
+            ledger.bind("0" * 64, "record")
     config = tiny_config(
         **{
             "run-dir": str(tmp_path / "second"),
@@ -161,9 +162,8 @@ def test_a_check_finds_what_a_run_would_refuse_later(tiny_config, simulate_run, 
         "belongs to records 000000000000 by record, not " in described["ledgers"]["Beta"]["problem"]
     )
     assert any("adapter.start is" in reason for reason in described["refused"])
-    problem = described["ledgers"]["Beta"]["problem"]
-    said = f"1 of 4 institutions cannot use their ledgers, and a round needs 4: {problem}"
-    assert said in described["refused"]
+    said = "4 of 4 institutions cannot use their ledgers, and a round needs 1: "
+    assert any(reason.startswith(said) for reason in described["refused"])
     assert not any("budget exhausted" in reason for reason in described["refused"])
 
 
