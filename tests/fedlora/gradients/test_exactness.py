@@ -119,6 +119,7 @@ EXACT = {
     # it changes what adapted layers return in place
     "falcon": (FALCON, ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), False),
     "doge": (DOGE, ("q_proj", "v_proj"), False),  # a mixture that is switched off
+    "longformer, dense": (LONGFORMER, ("dense",), False),  # beside its attention in chunks
 }
 CAUSAL = (
     *("bart", "llama", "lfm2", "longrope", "longrope by type of layer", "dynamic"),
