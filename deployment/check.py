@@ -270,14 +270,14 @@ def _ledger(own: "Settings", *, compare: bool) -> str:
 
 def _shard(own: "Settings") -> "Shard":
     """The training rows of a run, without tokens."""
-    from client.config_policy import KEYS, Own
+    from client.config_policy import OWN
     from fedlora.config.sections import DataConfig
     from fedlora.data import data
 
     decided = {
-        key.removeprefix(DataConfig.prefix).replace("-", "_"): rule.value(own)
-        for key, rule in KEYS.items()
-        if isinstance(rule, Own) and key.startswith(DataConfig.prefix)
+        key.removeprefix(DataConfig.prefix).replace("-", "_"): value(own)
+        for key, value in OWN.items()
+        if key.startswith(DataConfig.prefix)
     }
     return data.without_tokens(
         DataConfig(**decided, labels=own.labels),

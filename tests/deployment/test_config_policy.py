@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 
 from client import config_policy
-from client.config_policy import KEYS, Taken
+from client.config_policy import LIMITS, TAKEN
 from client.ledger import Ledger
 from client.settings import Settings
 from fedlora.config.config import RunConfig, from_flat
@@ -248,18 +248,16 @@ def _nonsense(encoder: str, length: int) -> Iterator[Case]:
         "privacy.trust": ("bad-configuration",),
     }
     values = _hostile(length)
-    for key, rule in KEYS.items():
-        if isinstance(rule, Taken):
-            for value in values[_type(key)]:
-                given = {**BASE, "model.name": encoder, key: value}
-                yield Case(given, codes.get(key, whatever), encoder, same=False)
+    for key in sorted(TAKEN):
+        for value in values[_type(key)]:
+            given = {**BASE, "model.name": encoder, key: value}
+            yield Case(given, codes.get(key, whatever), encoder, same=False)
 
 
 def _not_looked_at(encoder: str, length: int, *, together: bool) -> Iterator[Case]:
     """Each key that the institution does not take, with values of no use: they change nothing."""
     values = _hostile(length)
-    keys = [key for key, rule in KEYS.items() if not isinstance(rule, Taken)]
-    keys.remove("data.source")
+    keys = sorted(RunConfig().flat().keys() - TAKEN - {"data.source"})
     base = {**BASE, "model.name": encoder}
     large = {"engine.threads": 100_000, "engine.gpus": 1e308, "engine.workers": 10**6}
     for key, value in large.items():
@@ -359,33 +357,49 @@ def _problems(institution: Path, cases: Sequence[Case], seconds: float) -> list[
     return problems
 
 
-def test_the_table_has_every_key_of_a_configuration_and_no_other():
-    assert list(KEYS) == list(RunConfig().flat())
+def test_the_institution_follows_or_decides_known_keys_and_leaves_these_at_their_defaults():
+    known = RunConfig().flat().keys()
+    assert known >= TAKEN | config_policy.OWN.keys()
+    assert not TAKEN & config_policy.OWN.keys()
+    left = {key.partition(".")[0] for key in known - TAKEN - config_policy.OWN.keys()}
+    assert left == {
+        "accept",
+        "adapter",
+        "data",
+        "federation",
+        "privacy",
+        "home",
+        "engine",
+        "tracking",
+    }
+    private = {key for key in known - TAKEN if key.startswith("privacy.")}
+    assert private == {  # of the server alone
+        "privacy.ledger",
+        "privacy.max-epsilon",
+        "privacy.institution-epsilon",
+        "privacy.institution-max-norm",
+    }
 
 
 ASKED = {**BASE, "model.name": "m", "training.local-steps": 20}
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "words"),
+    ("own", "asked", "code", "words"),
     [
-        ({}, {}, ("takes 20 steps a round", "max-steps is 10; change it, or ask the operator")),
-        ({"max_steps": 20}, {"model.name": "n"}, ("trains n", 'models is ["m"]')),
-        ({"max_steps": 20}, {"privacy.epsilon": math.inf}, ("no DP", "without-dp is false")),
-        (
-            {"max_steps": 20},
-            {"data.labels": json.dumps(LABELS[::-1])},
-            ("has the classes ('loan', 'fraud', 'card')", 'labels is ["card", "fraud", "loan"]'),
-        ),
-        ({"max_steps": 20}, {"privacy.noise": "seeded"}, ("seed, which no institution takes",)),
+        ({"max_steps": 10}, {}, "too-many-steps", "max-steps is 10"),
+        ({}, {"model.name": "n"}, "model-not-allowed", 'models is ["m"]'),
+        ({}, {"privacy.epsilon": math.inf}, "dp-required", "without-dp is false"),
+        ({}, {"data.labels": json.dumps(LABELS[::-1])}, "other-labels", 'labels is ["card"'),
+        ({}, {"privacy.noise": "seeded"}, "seeded-noise", "no institution"),
     ],
 )
-def test_a_refusal_names_the_setting_that_decides_and_its_value(own, asked, words):
+def test_a_refusal_names_the_setting_that_decides_and_its_value(own, asked, code, words):
     given = {"name": "a", "source": "s", "ledger": "l", "state": "s", "models": ("m",)}
-    settings = Settings(**{**given, "labels": tuple(LABELS), "max_delta": 1e-4, **own})
+    given |= {"labels": tuple(LABELS), "max_delta": 1e-4, "max_steps": 20}
     with pytest.raises(Refusal) as caught:
-        config_policy.apply(settings, {**ASKED, **asked})
-    assert all(word in caught.value.detail for word in words), caught.value.detail
+        config_policy.apply(Settings(**{**given, **own}), {**ASKED, **asked})
+    assert (caught.value.code, words in caught.value.detail) == (code, True)
 
 
 def test_a_deployed_run_may_have_the_lists_that_an_institution_reads_and_no_longer_ones():
@@ -406,10 +420,10 @@ def test_a_deployed_run_may_have_the_lists_that_an_institution_reads_and_no_long
 
 
 def test_each_limit_names_a_setting_or_none():
-    limits = [limit for rule in KEYS.values() if isinstance(rule, Taken) for limit in rule.limits]
     names = {kebab(field.name) for field in dataclasses.fields(Settings)}
-    assert {limit.setting for limit in limits} <= {"", *names}
-    assert {limit.code for limit in limits if not limit.setting} == {
+    assert {setting for _, _, setting in LIMITS} <= {"", *names}
+    assert {key for key, _, _ in LIMITS} <= TAKEN
+    assert {code for _, code, setting in LIMITS if not setting} == {
         "adapter-too-large",  # more modules than any adapter may have
         "masks-required",
         "seeded-noise",
@@ -421,9 +435,7 @@ def test_a_key_is_followed_within_its_bounds_and_else_refused_before_a_charge_or
     institution, tiny_encoder, causal
 ):
     bounds = list(_bounds(str(tiny_encoder), causal))
-    assert {key for case in bounds for key in case.values} >= {
-        key for key, rule in KEYS.items() if isinstance(rule, Taken)
-    }
+    assert {key for case in bounds for key in case.values} >= TAKEN
     ignored = _not_looked_at(str(tiny_encoder), 10**6, together=True)
     problems = _problems(institution, [*bounds, *ignored], 300.0)
     assert not problems, "\n".join(problems)
