@@ -6,9 +6,7 @@ run released. Nothing that it computes is sent.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -36,7 +34,6 @@ from fedlora.runs.joining_verdict import FINDINGS, MODELS, interval, outcome
 from fedlora.runs.run_files import HOME_CONFIG
 from fedlora.wire.released import ReleaseFiles
 
-LOCK = "home.lock"
 SPLIT = 0.2
 """Share of the records that are held back where the settings name no ``test-source``."""
 TEST_SOURCE = "test-source"
@@ -94,7 +91,7 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
     out = choices.out or state / "home" / found.name
     if choices.out is None:
         out.parent.mkdir(exist_ok=True, mode=0o700)
-    with _private_cache(state), _new_directory(out) as new:
+    with _new_directory(out) as new:
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
         federation = records.load(config)
         train_rows, held_out = federation.train(0), federation.held_out(0)
@@ -226,31 +223,6 @@ def _config(own: Settings, choices: Choices, found: ReleaseFiles) -> RunConfig:
     if not own.test_source:
         values["data.test-fraction"] = SPLIT
     return config.replace(values)
-
-
-@contextlib.contextmanager
-def _private_cache(state: Path) -> Generator[None]:
-    """Keep tokenised records in the institution's state, and delete them at the end.
-
-    A command shares a lock until it ends, however it ends; one that has the lock alone removes what
-    killed commands left.
-    """
-    with (state / LOCK).open("w") as lock:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in (*state.glob(".cache-*"), *state.glob("home/.new-*")):
-                shutil.rmtree(left, ignore_errors=True)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        before = os.environ.get("FEDLORA_CACHE")
-        with tempfile.TemporaryDirectory(dir=state, prefix=".cache-") as cache:
-            os.environ["FEDLORA_CACHE"] = cache
-            try:
-                yield
-            finally:
-                if before is None:
-                    del os.environ["FEDLORA_CACHE"]
-                else:
-                    os.environ["FEDLORA_CACHE"] = before
 
 
 @contextlib.contextmanager

@@ -279,12 +279,13 @@ def _shard(own: "Settings") -> "Shard":
         for key, value in OWN.items()
         if key.startswith(DataConfig.prefix)
     }
-    return data.without_tokens(
+    return data.prepare(
         DataConfig(**decided, labels=own.labels),
         unit=own.unit,
         seed=0,  # one institution and no share of held-out rows: nothing is drawn
         task="classification" if own.labels else "sft",
-    )
+        encode=data.no_tokens,
+    ).all_train
 
 
 def _rows(own: "Settings", source: str, split: str) -> str:

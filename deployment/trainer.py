@@ -16,7 +16,7 @@ from client import settings
 from fedlora import logs
 from fedlora.config import schemes
 from fedlora.config.sections import ModelConfig
-from fedlora.data import cache, data, records, sources
+from fedlora.data import records, sources
 from fedlora.errors import InputError, place
 from fedlora.models import model_files
 from fedlora.startup import paused_gc
@@ -49,10 +49,7 @@ class Trainer:
         try:
             app = installed_app()
             self._forget_changed_files(context)
-            try:
-                return app(message, context)
-            finally:  # a server that asks for many lengths or prompts must not fill the disk
-                cache.evict(data.cached_shards())
+            return app(message, context)
         except BaseException as error:
             log.error("the app failed: %s", place(error))
             return Message(wire.pack_refusal("failed"), reply_to=message)

@@ -191,6 +191,7 @@ def open_engine(kind: str, config: RunConfig) -> "Iterator[SimulationGrid]":
                 log=log,
             ),
             costs=_costs(config, federation),
+            federation=federation,
         ) as grid:
             yield grid
 
@@ -219,7 +220,7 @@ def prepare(config: RunConfig) -> "Federation":
         )
     for key, name in config.plug_ins:
         plugins.load(key, name)
-    with paused_gc():  # a tokenizer imports torch; cached records need none
+    with paused_gc():  # a tokenizer imports torch
         federation = records.load(config)
     if config.privacy.enabled:
         try:

@@ -23,7 +23,7 @@ KEYS: dict[str, str] = {
 }
 """A key that was removed -> what to use, the end of the sentence "KEY is gone; ..."."""
 COMMANDS: dict[str, str] = {
-    "cache": "the texts of records wait in ~/.cache/fedlora (or $FEDLORA_CACHE); remove it by hand",
+    "cache": "records are tokenised anew by each run, and no text of them is stored",
     "compare": "put the runs into a sweep, whose report compares them, or read their result.json",
     "deploy add": "run `fedlora deploy init DIR --institutions NAME` again",
     "deploy fingerprint": "`fedlora deploy check SETTINGS` shows fingerprints",

@@ -1,26 +1,15 @@
-"""From the rows of institutions to tokenised shards, cached.
-
-`prepare` is the entry point. The tokens of a data set are one cache entry, which all partitions and
-seeds share; each of these is a further entry, of row numbers. Their keys cover the content of the
-sources, every setting that shapes the entry, the tokenizer's key and this code. A cached federation
-opens in milliseconds, without ``datasets``, pandas or torch.
-"""
+"""From the rows of institutions to tokenised shards; `prepare` is the entry point."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora import files
 from fedlora.arrays import Int64
-from fedlora.config import plugins, schemes
 from fedlora.config.sections import DataConfig
-from fedlora.data import cache, sources
 from fedlora.data.encoding import Encoded
 from fedlora.data.rows import check_labels, partition_rows, read_table
 from fedlora.data.shards import Corpus, Federation, Shard
@@ -31,97 +20,49 @@ Encode = Callable[[list[str], list[str], tuple[str, ...]], Encoded]
 """(texts, answers, labels) -> Encoded; labels are empty for sft."""
 
 
-def cached_shards() -> Path:
-    """The directory of cached shards."""
-    return files.cache_directory() / "shards"
-
-
-def prepare(
-    settings: DataConfig,
-    *,
-    unit: str,
-    seed: int,
-    task: str,
-    encoder: Callable[[], Encode],
-    encoding_key: str,
-) -> Federation:
-    """Open a federation from the cache, or build it and cache it; remove entries that are too old.
-
-    All rows with a text and a label are tokenised, so that they serve every partition.
+def prepare(settings: DataConfig, *, unit: str, seed: int, task: str, encode: Encode) -> Federation:
+    """Read, partition and tokenise the records of all institutions.
 
     Args:
-        settings: See `fedlora.data.rows.partition_rows`; ``view`` and ``prompt`` are not used.
+        settings: See `fedlora.data.rows.partition_rows`.
         unit: "record", or the column that names the unit of privacy of a row.
         seed: Seed of split and partition.
         task: "classification" or "sft".
-        encoder: Makes the tokenizer; called once, and only if the tokens are not cached.
-        encoding_key: A key of everything on which the tokenizer depends.
+        encode: The tokenizer.
 
     Raises:
-        InputError: If a source, column, label or partition does not fit; nothing is written then.
+        InputError: If a source, column, label or partition does not fit.
     """
-    test_digest = sources.digest(settings.test_source, "test") if settings.test_source else ""
-    content = [sources.digest(settings.source), test_digest]
-    form = [settings.text, settings.label, settings.labels]
-    key = [content, form, task, encoding_key, _CODE]
-    reusable = True
-    shape = [
-        unit,
-        settings.partition,
-        settings.institutions,
-        settings.min_records,
-        settings.max_records,
-        settings.test_fraction,
-        seed,
-    ]
-    if settings.partition.startswith(schemes.PYTHON):
-        named = settings.partition.removeprefix(schemes.PYTHON)
-        shape.append(json.dumps(plugins.describe([("data.partition", named)])))
-        reusable = False  # a function may read other files, and the process may hold older code
-    base = cached_shards()
-    cache.expire(base)
-    tokens, entry = _entry(base, "corpus", key), _entry(base, "partition", [key, shape])
-    corpus = cache.open_corpus(tokens)
-    cached = cache.open_partition(entry, corpus) if corpus is not None and reusable else None
-    if cached is not None:
-        return cached
-    encode = encoder() if corpus is None else None  # before rows: a model's error comes first
-
     found = partition_rows(settings, unit=unit, seed=seed, task=task)
     (train, train_bounds), (held_out, held_out_bounds) = found.train, found.held_out
     units = _units(train.others[unit] if unit != "record" else None, train_bounds, unit)
-    records = _digests(found.texts, found.answers)
-    if corpus is None or not np.array_equal(corpus.records, records):  # the source just changed
-        encode = encode or encoder()
-        encoded = encode(found.texts, found.answers, found.classes)
-        corpus = cache.store_corpus(tokens, shard_of(encoded, records).corpus)
+    encoded = encode(found.texts, found.answers, found.classes)
+    corpus = shard_of(encoded, _digests(found.texts, found.answers)).corpus
     truncated = corpus.truncated[np.concatenate([train.numbers, held_out.numbers])]
     own = {"train": len(units), "held_out": len(held_out.texts), "truncated": int(truncated.sum())}
-    return cache.store_partition(
-        entry,
-        Federation(
-            names=found.names,
-            labels=found.classes,
-            counts={**found.counts, **own},
-            left_out=found.left_out,
-            all_train=Shard(corpus=corpus, rows=train.numbers, units=units),
-            train_bounds=train_bounds,
-            all_held_out=Shard(
-                corpus=corpus, rows=held_out.numbers, units=_units(None, held_out_bounds, "")
-            ),
-            held_out_bounds=held_out_bounds,
+    return Federation(
+        names=found.names,
+        labels=found.classes,
+        counts={**found.counts, **own},
+        left_out=found.left_out,
+        all_train=Shard(corpus=corpus, rows=train.numbers, units=units),
+        train_bounds=train_bounds,
+        all_held_out=Shard(
+            corpus=corpus, rows=held_out.numbers, units=_units(None, held_out_bounds, "")
         ),
+        held_out_bounds=held_out_bounds,
     )
 
 
-def _entry(base: Path, kind: str, key: list[Any]) -> Path:
-    return base / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
+def no_tokens(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
+    """An `Encode` for those who need the number, units and fingerprint of rows alone."""
+    return Encoded(ids=[[]] * len(texts), targets=[0] * len(texts), truncated=[False] * len(texts))
 
 
 def load_shard(
     settings: DataConfig, source: str, *, labels: tuple[str, ...], encode: Encode
 ) -> tuple[Shard, dict[str, int]]:
-    """Read all rows of one source, uncached; rows without text or label are left out.
+    """Read all rows of one source; rows without text or label are left out.
 
     Args:
         settings: ``text`` and ``label`` are used.
@@ -147,26 +88,17 @@ def load_shard(
     }
 
 
-def without_tokens(settings: DataConfig, *, unit: str, seed: int, task: str) -> Shard:
-    """The training rows of all institutions as `prepare` makes them, but with no tokens.
-
-    For their number, units and fingerprint.
-
-    Args:
-        settings: See `prepare`, as the other arguments.
-        unit: "record", or the column that names the unit of privacy of a row.
-        seed: Seed of split and partition.
-        task: "classification" or "sft".
-
-    Raises:
-        InputError: If a source, column, label or partition does not fit.
-    """
-    found = partition_rows(settings, unit=unit, seed=seed, task=task)
-    (train, bounds), count = found.train, len(found.texts)
-    encoded = Encoded(ids=[[]] * count, targets=[0] * count, truncated=[False] * count)
-    corpus = shard_of(encoded, _digests(found.texts, found.answers)).corpus
-    units = _units(train.others[unit] if unit != "record" else None, bounds, unit)
-    return Shard(corpus=corpus, rows=train.numbers, units=units)
+def shard_of(encoded: Encoded, records: NDArray[np.uint8] | None = None) -> Shard:
+    """A shard of freshly encoded rows, each its own unit; ``records`` as in `Corpus`."""
+    lengths = np.fromiter(map(len, encoded.ids), dtype=np.int64, count=len(encoded.ids))
+    corpus = Corpus(
+        tokens=np.fromiter(chain.from_iterable(encoded.ids), dtype=np.int32, count=lengths.sum()),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        targets=np.array(encoded.targets, dtype=np.int64),
+        truncated=np.array(encoded.truncated, dtype=np.bool_),
+        records=np.empty((0, 32), np.uint8) if records is None else records,
+    )
+    return Shard(corpus=corpus, rows=np.arange(len(lengths)), units=np.arange(len(lengths)))
 
 
 def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
@@ -189,27 +121,8 @@ def _units(values: Sequence[str] | None, bounds: Int64, unit: str) -> Int64:
         )
     units = np.empty(len(values), dtype=np.int64)
     for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        number = {name: i for i, name in enumerate(sorted(set(names[start:stop])))}
-        units[start:stop] = [number[name] for name in names[start:stop]]
+        units[start:stop] = np.unique(names[start:stop], return_inverse=True)[1]
     return units
-
-
-def shard_of(encoded: Encoded, records: NDArray[np.uint8] | None = None) -> Shard:
-    """A shard of freshly encoded rows, each its own unit.
-
-    Args:
-        encoded: The rows.
-        records: See `Corpus`; None for rows of no source.
-    """
-    lengths = np.fromiter(map(len, encoded.ids), dtype=np.int64, count=len(encoded.ids))
-    corpus = Corpus(
-        tokens=np.fromiter(chain.from_iterable(encoded.ids), dtype=np.int32, count=lengths.sum()),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        targets=np.array(encoded.targets, dtype=np.int64),
-        truncated=np.array(encoded.truncated, dtype=np.bool_),
-        records=np.empty((0, 32), np.uint8) if records is None else records,
-    )
-    return Shard(corpus=corpus, rows=np.arange(len(lengths)), units=np.arange(len(lengths)))
 
 
 def _digests(texts: Sequence[str], answers: Sequence[str]) -> NDArray[np.uint8]:
@@ -219,11 +132,3 @@ def _digests(texts: Sequence[str], answers: Sequence[str]) -> NDArray[np.uint8]:
         for text, answer in zip(texts, answers, strict=True)
     )
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
-
-
-def _code_digest() -> str:
-    """Return a SHA-256 of the package that decides the content of a cache entry."""
-    return files.code_digest(Path(__file__).parents[1])
-
-
-_CODE = _code_digest()  # at import: a file may change while the code that runs does not

@@ -1,72 +1,67 @@
-"""A run's tokenised records, opened once in a process.
+"""A run's tokenised records, read once in a process."""
 
-Importing this module loads numpy and nothing heavier, and neither does opening records that are
-cached.
-"""
-
-import functools
+from dataclasses import replace
 
 from fedlora.config.config import RunConfig
-from fedlora.config.sections import DataConfig, ModelConfig
 from fedlora.data import data, sources
 from fedlora.data.encoding import encoding_key
 from fedlora.data.shards import Federation
 from fedlora.models import model_files, models
 
+_read: dict[tuple[object, ...], Federation] = {}
+
 
 def load(config: RunConfig) -> Federation:
-    """Every institution's shard and held-out rows, from the cache if they are there.
+    """Every institution's shard and held-out rows.
 
     Raises:
         InputError: If the source cannot be read or does not fit the configuration.
     """
-    return _load(
-        config.seed, config.model, config.data, config.training.max_length, config.privacy.unit
-    )
+    key = _key(config)
+    if key not in _read:
+        from fedlora.config.task_choice import choose_task  # torch
+
+        files = model_files.files_for(config.model.name, config.model.task)
+        encode = choose_task(
+            config.model.task,
+            files.kind,
+            models.load_tokenizer(config.model.name),
+            prompt=config.data.prompt,
+            max_length=config.training.max_length,
+            positions=files.positions,
+            vocabulary=files.vocabulary,
+        ).encode
+        unit, task = config.privacy.unit, config.model.task
+        federation = data.prepare(
+            config.data, unit=unit, seed=config.seed, task=task, encode=encode
+        )
+        give(config, federation)
+    return _read[key].seen_as(config.data.view)
 
 
-def encoding(config: RunConfig) -> str:
-    """The digest of the tokenizer and of all else, but the labels, that turns texts into tokens."""
-    return _encoding(config.model, config.data.prompt, config.training.max_length)
+def give(config: RunConfig, federation: Federation) -> None:
+    """Let `load` return these records, which another process has read, for this configuration."""
+    _read.clear()
+    _read[_key(config)] = federation
 
 
 def forget() -> None:
     """Drop the records in memory, so that changed sources are read again."""
-    _load.cache_clear()
+    _read.clear()
     sources.forget()
 
 
-def _encoding(model: ModelConfig, prompt: str, max_length: int) -> str:
-    files = model_files.files_for(model.name, model.task)
-    return encoding_key(files.path, task=model.task, prompt=prompt, max_length=max_length)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(
-    seed: int, model: ModelConfig, settings: DataConfig, max_length: int, unit: str
-) -> Federation:
-    files = model_files.files_for(model.name, model.task)
-
-    def encoder() -> data.Encode:
-        from fedlora.config.task_choice import choose_task
-
-        tokenizer = models.load_tokenizer(model.name)
-        return choose_task(
-            model.task,
-            files.kind,
-            tokenizer,
-            prompt=settings.prompt,
-            max_length=max_length,
-            positions=files.positions,
-            vocabulary=files.vocabulary,
-        ).encode
-
-    federation = data.prepare(
-        settings,
-        unit=unit,
-        seed=seed,
+def encoding(config: RunConfig) -> str:
+    """The digest of the tokenizer and of all else, but the labels, that turns texts into tokens."""
+    model, files = config.model, model_files.files_for(config.model.name, config.model.task)
+    return encoding_key(
+        files.path,
         task=model.task,
-        encoder=encoder,
-        encoding_key=_encoding(model, settings.prompt, max_length),
+        prompt=config.data.prompt,
+        max_length=config.training.max_length,
     )
-    return federation.seen_as(settings.view)
+
+
+def _key(config: RunConfig) -> tuple[object, ...]:
+    shown = replace(config.data, view="all")
+    return config.seed, config.model, shown, config.training.max_length, config.privacy.unit

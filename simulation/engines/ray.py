@@ -1,7 +1,7 @@
 """Simulation on Ray actors: each worker process keeps the base model for all its institutions.
 
-Records and base weights are mapped from files, so that workers share their pages. The global
-adapter, which all messages of a round share, lies once in Ray's object store. The grid replaces a
+Records lie once in Ray's object store, and so does the global adapter, which all messages of a
+round share; base weights are mapped from files. The grid replaces a
 worker that dies or exceeds its time limit. It retries an institution whose worker died once, then
 reports the institution as failed.
 """
@@ -26,6 +26,9 @@ from flwr.app import Context, Message, RecordDict
 from ray.exceptions import RayError, RayTaskError
 
 from fedlora import logs
+from fedlora.config.config import from_flat
+from fedlora.data import records
+from fedlora.data.shards import Federation
 from fedlora.errors import InputError
 from fedlora.flower_internals import set_message_id
 from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
@@ -102,9 +105,13 @@ class _Worker:
         run_config: Flower's run config, sent once instead of with each call.
     """
 
-    def __init__(self, app: str, log: str, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, app: str, log: str, run_config: Mapping[str, Any], federation: Federation | None
+    ) -> None:
         identify()
         self._run_config = dict(run_config)
+        if federation is not None:
+            records.give(from_flat(run_config), federation)
         if log:
             logging.getLogger("fedlora").addHandler(logs.to_file(log))
         module, _, name = app.partition(":")
@@ -150,6 +157,7 @@ class RayGrid(SimulationGrid):
         workers: The worker processes.
         costs: The expected work of each institution's messages, above 0 in any unit; empty for
             equal costs.
+        federation: All records, which the workers share; None where the app reads none.
     """
 
     def __init__(
@@ -160,6 +168,7 @@ class RayGrid(SimulationGrid):
         *,
         workers: WorkerSpec,
         costs: Sequence[float] = (),
+        federation: Federation | None = None,
     ) -> None:
         super().__init__(institutions, run_config)
         self._costs = dict(zip(self.get_node_ids(), costs, strict=True)) if costs else {}
@@ -171,7 +180,8 @@ class RayGrid(SimulationGrid):
             max_restarts=0,
             runtime_env={"env_vars": ENVIRONMENT | LIBRARIES},
         )
-        self._arguments = (app, workers.log, dict(run_config))
+        given = None if federation is None else ray.put(federation)
+        self._arguments = (app, workers.log, dict(run_config), given)
         self._queue: collections.deque[_Call] = collections.deque()
         self._running: dict[Any, _Call] = {}  # by the reference to the replies
         self._idle: list[Any] = []

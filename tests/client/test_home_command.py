@@ -280,7 +280,7 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
     )
     PeftModel.from_pretrained(base, str(out / "own"), trust_remote_code=False)
     left = {path.name for path in (made.directory / "state").iterdir()}
-    assert left == {"released", "home", "home.lock"}
+    assert left == {"released", "home"}
 
 
 def test_flags_of_the_institution_win_over_the_wish_of_the_run(bank):

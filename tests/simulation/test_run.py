@@ -1,8 +1,6 @@
 """How a run starts."""
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,15 +63,6 @@ def test_a_run_in_one_process_loads_the_model_once_with_any_torch_threads(
             )
         assert len(loads) == 1
     trainable.forget()
-
-
-def test_cached_records_open_without_torch(tiny_config, tmp_path):
-    config = tiny_config()
-    run.prepare(config)
-    (tmp_path / "x.toml").write_text(config.to_toml())
-    arguments = [sys.executable, "-c", SCRIPT, tmp_path / "x.toml", tmp_path / "out"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["4", "[]"]
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_the_engine_inline(tiny_config, monkeypatch):

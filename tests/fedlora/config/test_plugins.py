@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from fedlora.config import plugins, schemes
+from fedlora.config import plugins
 from fedlora.config.config import from_flat
-from fedlora.data import data, rows, sources
+from fedlora.data import rows, sources
 from fedlora.errors import InputError, RecordError
 from strategies.base import Strategy
 
@@ -264,46 +264,3 @@ def test_a_function_is_a_partition(own):
         rows.partition_rows(
             settings(partition="python:own_code:too_few"), unit="record", seed=1, task="x"
         )
-
-
-def test_a_changed_partition_opens_no_cached_shards(own, tmp_path, monkeypatch):
-    from fedlora.data.encoding import Encoded
-
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-
-    def encoder():
-        return lambda texts, answers, labels: Encoded(
-            ids=[[1]] * len(texts),
-            targets=[labels.index(a) for a in answers],
-            truncated=[False] * len(texts),
-        )
-
-    def prepared(name="own_code:by_length"):
-        return data.prepare(
-            settings(partition=f"python:{name}"),
-            unit="record",
-            seed=1,
-            task="classification",
-            encoder=encoder,
-            encoding_key="k",
-        ).names
-
-    assert prepared() == ("long", "short")
-    own.write_text(MODULE.replace('"long"', '"large"'))
-    assert prepared() == ("long", "short")  # this process has the old code
-    sys.modules.pop("own_code")
-    assert prepared() == ("large", "short")
-    table = tmp_path / "regions.txt"
-    own.write_text(MODULE.replace('"long"', f"open({str(table)!r}).read()"))
-    for region in ("north", "south"):  # a file that the code reads, and nobody knows of
-        table.write_text(region)
-        sys.modules.pop("own_code", None)
-        assert prepared() == tuple(sorted((region, "short")))
-
-    def made(first):
-        return lambda texts, labels, seed: [first if len(t) > 3 else "b" for t in texts]
-
-    for name in ("x", "y"):  # two functions under one name
-        plugins.forget()
-        assert prepared(plugins.give("data.partition", made(name))) == ("b", name)
-    assert schemes.parse("python:a:b", institutions=0, has_classes=False) == ("python", "a:b")

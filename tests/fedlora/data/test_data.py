@@ -2,9 +2,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,15 +48,12 @@ def prepare(tmp_path: Path, source: str, **changes: Any) -> Federation:
         "unit": "record",
         "seed": 0,
         "task": "classification",
-        "encoder": lambda: encode,
-        "encoding_key": "characters",
+        "encode": encode,
     }
     values |= changes
     names = {field.name for field in dataclasses.fields(DataConfig)} & set(values)
     settings = DataConfig(**{name: values.pop(name) for name in names})
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FEDLORA_CACHE", str(tmp_path))
-        return data.prepare(settings, **values)
+    return data.prepare(settings, **values)
 
 
 def fixed(
@@ -87,14 +81,21 @@ def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: P
         partition="iid",
         institutions=1,
     )
-    shard = data.without_tokens(settings, unit="customer", seed=0, task="classification")
+
+    def read(unit: str) -> Shard:
+        found = data.prepare(
+            settings, unit=unit, seed=0, task="classification", encode=data.no_tokens
+        )
+        return found.all_train
+
+    shard = read("customer")
     assert len(shard) == 4 and shard.num_units == 2
     assert shard.fingerprint == fed.train(0).fingerprint
     for missing in ("NULL", "n/a", "NaN", " "):
         write(tmp_path / "a.jsonl", [*TRAIN, ("new", "good", "South", missing)])
         with pytest.raises(InputError, match=r"1 training rows .* a word for it, such as NULL"):
-            data.without_tokens(settings, unit="customer", seed=0, task="classification")
-        shard = data.without_tokens(settings, unit="record", seed=0, task="classification")
+            read("customer")
+        shard = read("record")
         assert len(shard) == shard.num_units == 5
 
 
@@ -289,10 +290,9 @@ def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
     with pytest.raises(InputError, match=message) as error:
         prepare(
             tmp_path,
-            **{"source": source, "test_source": other, "encoder": lambda: never, **changes},
+            **{"source": source, "test_source": other, "encode": never, **changes},
         )
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "shards").exists()
 
 
 def test_held_out_rows_that_leave_none_for_training_are_refused(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
     )
     fed, again = (
         prepare(
-            tmp_path / cache,
+            tmp_path,
             source,
             test_source=test_source,
             unit=unit,
@@ -353,7 +353,7 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
             test_fraction=0.3,
             seed=seed,
         )
-        for cache in ("one", "two")
+        for _ in range(2)
     )
     train, held_out = read_back(fed.all_train), read_back(fed.all_held_out)
     assert set(map(normalise, train)).isdisjoint(map(normalise, held_out))
@@ -368,81 +368,6 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
         assert read_back(fed.held_out(index)) == read_back(again.held_out(index))
 
 
-def test_the_second_time_nothing_is_read_or_tokenised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = {"read": 0, "tokenised": 0}
-    partition_rows = data.partition_rows
-
-    def reading(*args: Any, **values: Any) -> Any:
-        calls["read"] += 1
-        return partition_rows(*args, **values)
-
-    def counting(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
-        calls["tokenised"] += 1
-        return encode(texts, answers, labels)
-
-    def run(**changes: Any) -> list[int]:
-        """How often two runs read and tokenise."""
-        calls.update(read=0, tokenised=0)
-        source = write(tmp_path / "a.jsonl", rows)
-        for _ in range(2):
-            prepare(
-                tmp_path, source, **{"encoder": lambda: counting, "test_fraction": 0.0, **changes}
-            )
-        return list(calls.values())
-
-    monkeypatch.setattr(data, "partition_rows", reading)
-    rows = list(TRAIN)
-    assert run() == [1, 1]
-    assert run() == [0, 0]
-    for changed in [
-        {"seed": 1},
-        {"unit": "customer"},
-        {"partition": "iid", "institutions": 2},
-        {"min_records": 2},
-        {"max_records": 1},
-        {"test_fraction": 0.1},
-    ]:
-        assert run(**changed) == [1, 0], changed
-    for changed in [
-        {"encoding_key": "other"},
-        {"labels": ("bad", "good")},
-        {"text": "text,bank"},
-        {"label": "customer"},
-        {"task": "sft"},
-        {"test_source": write(tmp_path / "b.jsonl", TEST)},
-    ]:
-        assert run(**changed) == [1, 1], changed
-    rows.append(("more", "good", "South", "3"))
-    assert run() == [1, 1]
-    for damaged in ("corpus-*/tokens.npy", "partition-*/train_rows.npy"):
-        for file in (tmp_path / "shards").glob(damaged):
-            file.write_bytes(b"damaged")
-        assert run() == [1, int(damaged.startswith("corpus"))]
-
-
-def test_seeds_and_partitions_of_one_data_set_store_its_texts_once(tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "a.jsonl", [(f"unmistakable {i}", "ab"[i % 2], "N", "1") for i in range(40)]
-    )
-    feds = [
-        prepare(tmp_path, source, seed=seed, **partition)
-        for seed in (1, 2)
-        for partition in ({}, {"partition": "iid", "institutions": 3}, {"max_records": 5})
-    ]
-    (corpus,) = (tmp_path / "shards").glob("corpus-*")
-    tokens = np.load(corpus / "tokens.npy")
-    word = np.array([ord(c) for c in "unmistakable"], dtype=np.int32).tobytes()
-    files = {f: f.read_bytes().count(word) for f in (tmp_path / "shards").rglob("*.npy")}
-    assert {file.parent: count for file, count in files.items() if count} == {corpus: 40}
-    for fed in feds:
-        assert np.array_equal(fed.all_train.corpus.tokens, tokens)
-        everyone = read_back(fed.all_train) + read_back(fed.all_held_out)
-        assert len(everyone) == len(set(everyone)) == 40 - fed.counts["rows_dropped"]
-    assert read_back(feds[0].all_held_out) != read_back(feds[3].all_held_out)  # seeds 1 and 2
-
-
 def test_each_configuration_counts_the_long_texts_of_its_own_rows(tmp_path: Path) -> None:
     train = [(f"{i} " + "x" * 70 * (i < 4), "ab"[i % 2], "NS"[i < 3], "1") for i in range(10)]
     cut = {}
@@ -452,35 +377,13 @@ def test_each_configuration_counts_the_long_texts_of_its_own_rows(tmp_path: Path
     assert cut == {"all": (5, 10), "large": (2, 7)}
 
 
-def test_rows_that_changed_while_they_were_read_are_tokenised_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else an institution would train on rows of the old file under the units of the new one."""
-    source = write(tmp_path / "a.jsonl", TRAIN)
-    prepare(tmp_path, source)
-    partition_rows = data.partition_rows
-
-    def late(*args: Any, **values: Any) -> Any:
-        write(tmp_path / "a.jsonl", TRAIN[::-1])
-        return partition_rows(*args, **values)
-
-    monkeypatch.setattr(data, "partition_rows", late)
-    fed = prepare(tmp_path, source, seed=1, test_fraction=0.0)
-    assert read_back(fed.train(1)) == ["dip", "flat", "down"]
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path: Path) -> None:
-    prepare(tmp_path / "there", write(tmp_path / "a.jsonl", TRAIN))
-    assert len(list((tmp_path / "there").glob("shards/*/meta.json"))) == 2
-
-
 def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_path: Path) -> None:
     def other(texts: list[str], answers: list[str], labels: tuple[str, ...]) -> Encoded:
         return encode([text[::-1] for text in texts], answers, labels)
 
     source = write(tmp_path / "a.jsonl", TRAIN)
     one = prepare(tmp_path, source)
-    two = prepare(tmp_path, source, encoder=lambda: other, encoding_key="reversed")
+    two = prepare(tmp_path, source, encode=other)
     assert read_back(one.train(1)) != read_back(two.train(1))
     assert one.train(1).fingerprint == two.train(1).fingerprint != one.train(0).fingerprint
 
@@ -505,22 +408,9 @@ needs_edgartools = pytest.mark.skipif(
     not importlib.util.find_spec("edgar"), reason="edgartools is not installed"
 )
 
-SCRIPT = """
-import sys
-from fedlora.config.sections import DataConfig
-from fedlora.data.data import prepare
-settings = DataConfig(source="package:edgartools", partition="natural:industry", min_records=50)
-fed = prepare(settings, unit="record", seed=0, task="classification", encoder=None,
-    encoding_key="characters")
-for index in range(len(fed.names)):
-    fed.train(index), fed.held_out(index)
-heavy = {"datasets", "flwr_datasets", "pandas", "pyarrow", "torch", "transformers", "edgar"}
-print(len(fed.names), sorted(heavy & set(sys.modules)))
-"""
-
 
 @needs_edgartools
-def test_cached_us_gaap_opens_without_heavy_imports(tmp_path: Path) -> None:
+def test_us_gaap_concepts_are_partitioned_by_industry(tmp_path: Path) -> None:
     fed = prepare(tmp_path, "package:edgartools", partition="natural:industry", min_records=50)
     assert len(fed.names) >= 35
     assert where_rows_went(fed.counts) == fed.counts["rows"] == 10_073
@@ -529,13 +419,6 @@ def test_cached_us_gaap_opens_without_heavy_imports(tmp_path: Path) -> None:
     assert len(whole) > 400
     assert not whole & set(held_out)
     assert max(held_out.values()) > 5  # concepts that industries share, held out in all of them
-    environment = {**os.environ, "FEDLORA_CACHE": str(tmp_path)}
-    command, root = [sys.executable, "-c", SCRIPT], Path(__file__).parents[3]
-    out = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    institutions, heavy = out.split(maxsplit=1)
-    assert (int(institutions), heavy.strip()) == (len(fed.names), "[]")
 
 
 def test_fpb_is_dealt_to_four_institutions(tmp_path: Path) -> None:
