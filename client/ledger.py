@@ -50,12 +50,7 @@ class Charge:
 
 
 class Ledger:
-    """An open ledger; use it as a context manager, in the process and thread that opened it.
-
-    Args:
-        connection: The connection that `open` made.
-        path: The file's path.
-    """
+    """An open ledger; use it as a context manager, in the process and thread that opened it."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
@@ -81,7 +76,7 @@ class Ledger:
             InputError: If a value is out of bounds, the file exists or cannot be written, or others
                 may write to its directory.
         """
-        if not 0 < max_epsilon < float("inf"):
+        if not 0 < max_epsilon < math.inf:
             raise InputError(f"max-epsilon is {max_epsilon}, but must be a finite number above 0")
         composition.epsilon((), delta, accountant)  # checks both
         if delta < MIN_DELTA:
@@ -94,17 +89,13 @@ class Ledger:
     def open(cls, path: Path | str) -> Ledger:
         """Open a ledger, and check that nothing in it was altered or removed.
 
-        Args:
-            path: The file; opening and reading leave it as it is.
-
         Raises:
             Refusal: ``ledger-missing``, ``ledger-exposed`` (others may write to it or to its
                 directory), ``ledger-corrupt`` (damaged or altered), ``ledger-foreign`` (a file of
                 another program or version), ``ledger-locked`` (busy for longer than half a minute)
                 or ``ledger-unusable`` (not readable or not writable).
         """
-        path = Path(path)
-        return cls(ledger_file.connect(path), path)
+        return cls(ledger_file.connect(Path(path)), Path(path))
 
     def __enter__(self) -> Ledger:
         return self
@@ -140,11 +131,10 @@ class Ledger:
         if bound not in ((None, None), (fingerprint, unit)):
             raise Refusal(
                 "ledger-foreign",
-                f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, "
-                f"not {fingerprint[:12]} by {unit}: put back the records and the unit of the first "
-                "run on it, and whatever decides which of them are trained on (in a simulation "
-                "seed, data.test-source, data.test-fraction and data.max-records too), or see "
-                "'Other records' in docs/deployment.md",
+                f"{self._path} belongs to records {bound[0][:12]} by {bound[1]}, not "
+                f"{fingerprint[:12]} by {unit}: put back the records, the unit and whatever "
+                "decides which of them are trained on, or see 'Other records' in "
+                "docs/deployment.md",
             )
         return bound != (None, None)
 
@@ -156,7 +146,6 @@ class Ledger:
         order_digest: str,
         event: Event,
         max_steps_of_run: int,
-        extra_events: Sequence[Event] = (),
         key: bytes | None = None,
     ) -> Charge:
         """Charge a round before it runs, or find its earlier charge or answer.
@@ -169,9 +158,8 @@ class Ledger:
            same release; nothing is charged.
         3. Otherwise the round is charged, with a fresh key, if it fits the limit. Under secure
            aggregation a round is charged once: with two vectors of the same records in one sum, two
-           charges would not cover it. The keys of the run's earlier rounds are wiped: those that
-           were given up, or whose shares this institution was not asked for. They count as answered
-           from then on.
+           charges would not cover it. The keys of the run's earlier rounds are wiped, and these
+           rounds count as answered.
 
         Args:
             run_id: The run.
@@ -180,63 +168,79 @@ class Ledger:
                 release.
             event: The round's steps.
             max_steps_of_run: The number of steps in the run's plan.
-            extra_events: One-off releases of the run, such as its noised size. The run's first
-                charge covers them.
             key: 32 bytes for a reproducible simulation; None for a key from the operating system.
 
         Raises:
             Refusal: ``round-already-answered`` (with another order, or the answer is gone),
-                ``participation-cap``, ``run-changed`` (other noise, sampling rate, steps or one-off
-                releases than the run's first charge), ``budget-exhausted``, ``ledger-foreign`` (not
-                bound yet), ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
+                ``participation-cap``, ``run-changed`` (other noise, sampling rate or steps than the
+                run's first charge), ``budget-exhausted``, ``ledger-foreign`` (not bound yet),
+                ``ledger-locked``, ``ledger-corrupt``, ``ledger-unusable``.
         """
+        order, mechanism = (run_id, round_number, order_digest), dataclasses.astuple(event)
         with self._transaction() as db:
-            answer = ledger_file.answered(db, run_id, round_number, order_digest)
+            answer = ledger_file.answered(db, *order)
             if answer is not None:
                 return Charge(key=b"", answer=answer)
             paid = db.execute(
                 "SELECT key FROM charges WHERE (run, round, digest) = (?, ?, ?)"
                 " AND (noise_multiplier, sample_rate, steps, shares) = (?, ?, ?, ?)"
                 " ORDER BY id DESC LIMIT 1",
-                (run_id, round_number, order_digest, *dataclasses.astuple(event)),
+                (*order, *mechanism),
             ).fetchone()
             if paid is not None:
                 return Charge(key=paid[0], answer=None)
-            if db.execute("SELECT fingerprint FROM ledger").fetchone() == (None,):
-                raise Refusal("ledger-foreign", f"{self._path} was never bound to records")
-            used = self.steps_of(run_id)
-            if used + event.steps > max_steps_of_run:
-                raise Refusal(
-                    "participation-cap",
-                    f"run {run_id} took {used} of the {max_steps_of_run} steps it was planned for",
-                )
-            ledger_file.check_same_run(db, run_id, event, extra_events)
+            self._check_plan(run_id, event, max_steps_of_run)
             if event.shares:
-                ledger_file.check_one_charge(db, run_id, round_number)
-                earlier = "UPDATE charges SET key = NULL WHERE run = ? AND round < ?"
-                db.execute(earlier, (run_id, round_number))
-            extra = () if used else tuple(extra_events)
-            self._check_budget(db, (event, *extra))
+                self._close_earlier(db, run_id, round_number)
+            self._check_budget(db, event)
             fresh = os.urandom(KEY_BYTES) if key is None else key
-            mechanism = dataclasses.astuple(event)
             at = datetime.now(UTC).isoformat(timespec="seconds")
             db.execute(
-                "INSERT INTO charges VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id,
-                    round_number,
-                    order_digest,
-                    *mechanism,
-                    ledger_file.as_json(extra),
-                    at,
-                    fresh,
-                ),
+                "INSERT INTO charges VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*order, *mechanism, at, fresh),
             )
         return Charge(key=fresh, answer=None)
 
-    def _check_budget(self, db: sqlite3.Connection, cost: Sequence[Event]) -> None:
+    def _check_plan(self, run: str, event: Event, most: int) -> None:
+        """Refuse a charge beyond the run's plan, or with another mechanism than its first one.
+
+        A server could else choose the next noise after the last answer, which numerical composition
+        does not cover.
+        """
+        if self._rows("SELECT fingerprint FROM ledger") == [(None,)]:
+            raise Refusal("ledger-foreign", f"{self._path} was never bound to records")
+        if (steps := self.steps_of(run) + event.steps) > most:
+            raise Refusal(
+                "participation-cap", f"run {run} was planned for {most} steps; this makes {steps}"
+            )
+        first = self._rows(
+            "SELECT noise_multiplier, sample_rate, steps, shares FROM charges "
+            "WHERE run = ? ORDER BY id LIMIT 1",
+            run,
+        )
+        wanted = dataclasses.astuple(event)
+        if first not in ([], [wanted]):
+            raise Refusal(
+                "run-changed",
+                f"run {run} began with (noise, rate, steps, shares) {first[0]} and now asks for "
+                f"{wanted}",
+            )
+
+    def _close_earlier(self, db: sqlite3.Connection, run: str, number: int) -> None:
+        """Under secure aggregation: refuse a second charge of a round, wipe earlier keys."""
+        query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?)"
+        if db.execute(query, (run, number)).fetchone():
+            raise Refusal(
+                "round-already-answered",
+                f"round {number} of run {run} was charged for another order or institution; "
+                "under secure aggregation one vector of the same records may be in a sum",
+            )
+        earlier = "UPDATE charges SET key = NULL WHERE run = ? AND round < ?"
+        db.execute(earlier, (run, number))
+
+    def _check_budget(self, db: sqlite3.Connection, cost: Event) -> None:
         before = ledger_file.events(db)
-        needed = self._epsilon((*before, *cost))
+        needed = self._epsilon((*before, cost))
         if needed > self.max_epsilon:
             raise Refusal(
                 "budget-exhausted",
@@ -301,9 +305,8 @@ class Ledger:
         """
         place, values = (run_id, round_number), (digest.hex(), json.dumps(list(survivors)))
         with self._transaction() as db:
-            closed = db.execute(
-                "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)", place
-            ).fetchone()
+            query = "SELECT digest, survivors FROM closed WHERE (run, round) = (?, ?)"
+            closed = db.execute(query, place).fetchone()
             if closed == values:
                 return
             if closed is not None:
@@ -312,11 +315,8 @@ class Ledger:
                     f"round {round_number} of run {run_id} was unmasked for other survivors: two "
                     "sums would show their difference",
                 )
-            wiped = db.execute(
-                "UPDATE charges SET key = NULL WHERE (run, round) = (?, ?) AND key IS NOT NULL",
-                place,
-            ).rowcount
-            if not wiped:
+            wipe = "UPDATE charges SET key = NULL WHERE (run, round) = (?, ?) AND key IS NOT NULL"
+            if not db.execute(wipe, place).rowcount:
                 raise Refusal(
                     "round-not-charged", f"round {round_number} of run {run_id} has no open charge"
                 )
@@ -327,27 +327,13 @@ class Ledger:
         with self._transaction() as db:
             db.execute("UPDATE charges SET key = NULL WHERE run = ?", (run_id,))
 
-    def noised_size_of_run(self, run_id: str, noised: float) -> float:
-        """Store a run's noised size; later calls change nothing.
-
-        Args:
-            run_id: The run, in which a charge covered the release.
-            noised: The value to store if the run has none.
-
-        Returns:
-            The stored value, the only one that this run may send.
-        """
-        with self._transaction() as db:
-            db.execute("INSERT INTO sizes VALUES (?, ?) ON CONFLICT DO NOTHING", (run_id, noised))
-            return db.execute("SELECT size FROM sizes WHERE run = ?", (run_id,)).fetchone()[0]
-
     def history(self, run_id: str | None = None) -> History:
         """All charged events, of all runs or of one, in canonical form."""
         with ledger_file.refusing(self._path):
             return ledger_file.events(self._connection, run_id)
 
     def steps_of(self, run_id: str) -> int:
-        """The steps that a run was charged for, without one-off releases."""
+        """The steps that a run was charged for."""
         query = "SELECT coalesce(sum(steps), 0) FROM charges WHERE run = ?"
         return self._rows(query, run_id)[0][0]
 
@@ -364,23 +350,18 @@ class Ledger:
         return accounting.epsilon_alone(self.history(), self.delta, self.accountant)
 
     def fits(self, planned: Sequence[Event], run: str = "") -> bool:
-        """Whether all charges and a whole planned run are within the limit.
-
-        Args:
-            planned: The events of the run.
-            run: Its identity; one that was charged before has its place.
-        """
+        """Whether all charges and a planned run, unless it was charged, are within the limit."""
         return run in self.runs() or self._epsilon((*self.history(), *planned)) <= self.max_epsilon
 
     def show(self) -> dict[str, Any]:
         """The ledger as plain values, ready for JSON."""
         ((fingerprint, unit),) = self._rows("SELECT fingerprint, unit FROM ledger")
         rows = self._rows(
-            "SELECT run, round, noise_multiplier, sample_rate, steps, shares, extra, at, "
+            "SELECT run, round, noise_multiplier, sample_rate, steps, shares, at, "
             "key IS NULL AND (shares = 0 OR (run, round) IN (SELECT run, round FROM closed)) "
             "FROM charges ORDER BY id"
         )
-        names = ("run", "round", *(field.name for field in dataclasses.fields(Event)))
+        names = ("run", "round", *(field.name for field in dataclasses.fields(Event)), "at")
         spent, alone = self.spent(), self.spent_alone()
         return {
             "epsilon": spent,
@@ -392,9 +373,8 @@ class Ledger:
             "unit": unit,
             "fingerprint": fingerprint,
             "entries": [
-                dict(zip(names, row, strict=True))
-                | {"extra": json.loads(extra), "at": at, "answered": bool(answered)}
-                for *row, extra, at, answered in rows
+                dict(zip(names, row, strict=True)) | {"answered": bool(answered)}
+                for *row, answered in rows
             ],
         }
 

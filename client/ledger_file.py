@@ -1,8 +1,8 @@
-"""The file of a privacy ledger: its tables, its seal, and SQLite's errors as refusals.
+"""The SQLite files of an institution: its ledger with a seal, and what its other store shares.
 
-The file has a rollback journal, so that between transactions it is one file. The seal is a hash
-over all that the file holds: every opening and every transaction checks it first, and a transaction
-renews it last.
+A file has a rollback journal, so that between transactions it is one file. The ledger's seal is a
+hash over all that the file holds: every opening and every transaction checks it first, and a
+transaction renews it last.
 
 Guaranteed: an opening finds a change, by accident or by hand, to anything that is read. Not found:
 a change after which somebody computed the seal anew, since it has no key; and an older copy of the
@@ -12,12 +12,12 @@ whole file.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import sqlite3
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora import files
@@ -25,10 +25,37 @@ from fedlora.errors import InputError, Refusal
 from fedlora.privacy.composition import Event, History, compose
 
 BUSY_SECONDS = 30.0
-APPLICATION = 0x66646C64
-"""The file's mark for `file` and ``PRAGMA application_id``: "fdld"."""
-VERSION = 4
-SCHEMA = """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of file.
+
+    Args:
+        store: Its name, which begins the codes of refusals.
+        application: Its mark for `file` and ``PRAGMA application_id``.
+        version: The version of its tables.
+        schema: Its tables.
+    """
+
+    store: str
+    application: int
+    version: int
+    schema: str
+
+    def corrupt(self, path: Path, problem: str) -> Refusal:
+        """The refusal of a damaged file."""
+        return Refusal(
+            f"{self.store}-corrupt",
+            f"{path}: {problem}; restore a backup that has all its charges, or name the right file",
+        )
+
+
+LEDGER = Kind(
+    store="ledger",
+    application=0x66646C64,  # "fdld"
+    version=5,
+    schema="""
 CREATE TABLE ledger (
     max_epsilon REAL NOT NULL, delta REAL NOT NULL, accountant TEXT NOT NULL,
     fingerprint TEXT, unit TEXT,      -- fixed by the first use
@@ -38,7 +65,6 @@ CREATE TABLE charges (
     id INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL, digest TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
     shares INTEGER NOT NULL,          -- of discrete noise in the sum; 0: all noise is this one's
-    extra TEXT NOT NULL,              -- one-off releases: [[noise_multiplier, rate, steps], ...]
     at TEXT NOT NULL,
     key BLOB                          -- of the round's randomness; NULL once the answer is stored
 );
@@ -48,21 +74,20 @@ CREATE TABLE answers (
     sha256 TEXT NOT NULL,             -- of the answer
     PRIMARY KEY (run, round)
 );
-CREATE TABLE sizes (run TEXT PRIMARY KEY, size REAL NOT NULL);
 CREATE TABLE closed (                 -- rounds of secure aggregation whose shares may have left
     run TEXT NOT NULL, round INTEGER NOT NULL,
     digest TEXT NOT NULL,             -- of the order and its mechanism, as all survivors signed it
     survivors TEXT NOT NULL,          -- JSON, sorted
     PRIMARY KEY (run, round)
 );
-"""
+""",
+)
 _SEALED = (
     "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name",
     "SELECT max_epsilon, delta, accountant, fingerprint, unit FROM ledger",
-    "SELECT id, run, round, digest, noise_multiplier, sample_rate, steps, shares, extra, at,"
+    "SELECT id, run, round, digest, noise_multiplier, sample_rate, steps, shares, at,"
     " quote(key) FROM charges ORDER BY id",
     "SELECT run, round, digest, sha256 FROM answers ORDER BY run, round",
-    "SELECT run, size FROM sizes ORDER BY run",
     "SELECT run, round, digest, survivors FROM closed ORDER BY run, round",
 )
 
@@ -76,11 +101,9 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
     try:
         if exposed := files.exposed(path):
             raise InputError(exposed)
-        with new(path, SCHEMA, application=APPLICATION, version=VERSION) as db:
-            db.execute(
-                "INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, '')",
-                (float(max_epsilon), float(delta), accountant),
-            )
+        with new(path, LEDGER) as db:
+            values = (float(max_epsilon), float(delta), accountant)
+            db.execute("INSERT INTO ledger VALUES (?, ?, ?, NULL, NULL, '')", values)
             seal(db)
     except FileExistsError:
         raise InputError(
@@ -92,10 +115,8 @@ def write(path: Path, *, max_epsilon: float, delta: float, accountant: str) -> N
 
 
 @contextlib.contextmanager
-def new(
-    path: Path, schema: str, *, application: int, version: int
-) -> Generator[sqlite3.Connection]:
-    """Write a file with these tables, whole or not at all; a block fills it.
+def new(path: Path, kind: Kind) -> Generator[sqlite3.Connection]:
+    """Write a file with its tables, whole or not at all; a block fills it.
 
     Raises:
         FileExistsError: If the file exists.
@@ -105,9 +126,9 @@ def new(
         draft.touch(mode=0o600)
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous=OFF")  # the draft is private, and synced once below
-            db.executescript(schema)
-            db.execute(f"PRAGMA application_id={application}")
-            db.execute(f"PRAGMA user_version={version}")
+            db.executescript(kind.schema)
+            db.execute(f"PRAGMA application_id={kind.application}")
+            db.execute(f"PRAGMA user_version={kind.version}")
             yield db
         files.sync(draft)
         path.hardlink_to(draft)  # unlike a rename, a link fails if the file exists
@@ -128,46 +149,40 @@ def connect(path: Path) -> sqlite3.Connection:
             "spending, create one with `fedlora ledger init`",
         )
     with refusing(path):
-        db = opened(path, application=APPLICATION, version=VERSION)
+        db = opened(path, LEDGER)
         try:
             with transaction(db, "DEFERRED"):  # one snapshot beside charges of other processes
                 check_pages(db, path)
                 check_seal(db, path)
-                check_answers(db, path)
+                answers = db.execute("SELECT round, answer, sha256 FROM answers")
+                for number, answer, stated in answers:
+                    if sha256(answer) != stated:
+                        raise LEDGER.corrupt(path, f"the answer to round {number} was changed")
         except BaseException:
             db.close()
             raise
         return db
 
 
-def opened(
-    path: Path, *, application: int, version: int, store: str = "ledger"
-) -> sqlite3.Connection:
+def opened(path: Path, kind: Kind) -> sqlite3.Connection:
     """Open a file whose changes are on the disk once they are committed.
-
-    Args:
-        path: The file.
-        application: The file's mark.
-        version: The version of its tables.
-        store: What it is; begins the codes.
 
     Raises:
         Refusal: ``STORE-exposed`` if others may write to it, or ``STORE-foreign`` for a file of
             another program or version.
     """
     if exposed := files.exposed(path):
-        raise Refusal(f"{store}-exposed", exposed)
+        raise Refusal(f"{kind.store}-exposed", exposed)
     uri = f"{path.absolute().as_uri()}?mode=rw"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         marks = ("application_id", "user_version")
         found = [db.execute(f"PRAGMA {mark}").fetchone()[0] for mark in marks]
-        if found != [application, version]:
+        if found != [kind.application, kind.version]:
             raise Refusal(
-                f"{store}-foreign",
-                f"{path} is no {store.replace('-', ' ')} of this version of fedlora: name the "
-                "right file, or install the version that wrote it; do not make a new file, which "
-                "would know nothing of what is spent and sent",
+                f"{kind.store}-foreign",
+                f"{path} is no {kind.store} of this version of fedlora: name the right file, or "
+                "install the version that wrote it; a new file would know nothing of what is spent",
             )
         db.execute("PRAGMA synchronous=EXTRA")  # the deletion of a journal too
         db.execute("PRAGMA secure_delete=ON")  # a wiped key is overwritten
@@ -191,12 +206,8 @@ def transaction(db: sqlite3.Connection, kind: str = "IMMEDIATE") -> Generator[No
 
 
 @contextlib.contextmanager
-def refusing(path: Path, store: str = "ledger") -> Generator[None]:
+def refusing(path: Path, kind: Kind = LEDGER) -> Generator[None]:
     """Turn SQLite's errors into refusals: without its files an institution does not train.
-
-    Args:
-        path: The file.
-        store: What it is; begins the codes.
 
     Raises:
         Refusal: ``STORE-locked``, ``-corrupt`` or ``-unusable``.
@@ -208,31 +219,24 @@ def refusing(path: Path, store: str = "ledger") -> Generator[None]:
         code = "locked" if "locked" in words else "unusable"
         # a table or column is gone, or a text is damaged
         code = "corrupt" if "no such" in words or "decode" in words else code
-        raise Refusal(f"{store}-{code}", f"{path}: {error}") from error
+        raise Refusal(f"{kind.store}-{code}", f"{path}: {error}") from error
     except (sqlite3.Error, UnicodeDecodeError) as error:  # a damaged schema is no text either
-        raise Refusal(f"{store}-corrupt", f"{path}: {error}") from error
+        raise Refusal(f"{kind.store}-corrupt", f"{path}: {error}") from error
     except OSError as error:
-        raise Refusal(f"{store}-unusable", f"{path}: {error.strerror}") from error
+        raise Refusal(f"{kind.store}-unusable", f"{path}: {error.strerror}") from error
 
 
-def check_pages(db: sqlite3.Connection, path: Path, store: str = "ledger") -> None:
+def check_pages(db: sqlite3.Connection, path: Path, kind: Kind = LEDGER) -> None:
     """Raise ``STORE-corrupt`` for damage that SQLite finds in its own structures."""
     if (problem := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
-        raise corrupt(path, problem, store)
+        raise kind.corrupt(path, problem)
 
 
 def check_seal(db: sqlite3.Connection, path: Path) -> None:
     """Raise ``ledger-corrupt`` if anything changed since the seal. A transaction begins with it."""
     row = db.execute("SELECT seal FROM ledger").fetchone()
     if row is None or row[0] != _seal(db):
-        raise corrupt(path, "its content was changed by something else than fedlora")
-
-
-def check_answers(db: sqlite3.Connection, path: Path) -> None:
-    """Raise ``ledger-corrupt`` if a stored answer is not that of its digest."""
-    for number, answer, stated in db.execute("SELECT round, answer, sha256 FROM answers"):
-        if sha256(answer) != stated:
-            raise corrupt(path, f"the answer to round {number} was changed")
+        raise LEDGER.corrupt(path, "its content was changed by something else than fedlora")
 
 
 def seal(db: sqlite3.Connection) -> None:
@@ -243,15 +247,6 @@ def seal(db: sqlite3.Connection) -> None:
 def sha256(content: bytes) -> str:
     """The digest of a content."""
     return hashlib.sha256(content).hexdigest()
-
-
-def corrupt(path: Path, problem: str, store: str = "ledger") -> Refusal:
-    """The refusal of a damaged file."""
-    return Refusal(
-        f"{store}-corrupt",
-        f"{path}: {problem}; restore the file from a backup that has all its charges, or name the "
-        "right file",
-    )
 
 
 def _seal(db: sqlite3.Connection) -> str:
@@ -266,15 +261,14 @@ def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> byte
         Refusal: ``round-already-answered``: to another order, its answer gone, its sum unmasked, or
             the round given up.
     """
+    place = (run, number)
     stored = db.execute(
-        "SELECT answer FROM answers WHERE (run, round, digest) = (?, ?, ?)", (run, number, digest)
+        "SELECT answer FROM answers WHERE (run, round, digest) = (?, ?, ?)", (*place, digest)
     ).fetchone()
     if stored is not None:
         return stored[0]
-    wiped = db.execute(
-        "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND key IS NULL", (run, number)
-    ).fetchone()
-    if wiped:
+    query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?) AND key IS NULL"
+    if db.execute(query, place).fetchone():
         raise Refusal(
             "round-already-answered",
             f"round {number} of run {run} was answered to another order, or its answer dropped "
@@ -283,55 +277,15 @@ def answered(db: sqlite3.Connection, run: str, number: int, digest: str) -> byte
     return None
 
 
-def check_one_charge(db: sqlite3.Connection, run: str, number: int) -> None:
-    """Refuse a second charge of a round under secure aggregation."""
-    query = "SELECT 1 FROM charges WHERE (run, round) = (?, ?)"
-    if db.execute(query, (run, number)).fetchone():
-        raise Refusal(
-            "round-already-answered",
-            f"round {number} of run {run} was charged for another order or another institution; "
-            "under secure aggregation one vector of the same records may be in a sum",
-        )
-
-
-def check_same_run(
-    db: sqlite3.Connection, run: str, event: Event, extra_events: Sequence[Event]
-) -> None:
-    """Refuse a charge whose mechanism or one-off releases differ from the run's first charge.
-
-    A server that changes them between rounds could obtain a one-off release without a charge, or
-    choose the next noise after the last answer, which numerical composition does not cover.
-    """
-    first = db.execute(
-        "SELECT noise_multiplier, sample_rate, steps, shares, extra FROM charges "
-        "WHERE run = ? ORDER BY id LIMIT 1",
-        (run,),
-    ).fetchone()
-    wanted = (*dataclasses.astuple(event), as_json(extra_events))
-    if first not in (None, wanted):
-        raise Refusal(
-            "run-changed",
-            f"run {run} began with (noise, rate, steps, shares, one-off releases) {first} "
-            f"and now asks for {wanted}",
-        )
-
-
 def events(db: sqlite3.Connection, run: str | None = None) -> History:
     """The charged events of all runs or of one, in canonical form."""
     # Charges of one run are alike, so that a ledger of many rounds has few groups to read.
     rows = db.execute(
-        "SELECT count(*), noise_multiplier, sample_rate, steps, shares, extra FROM charges"
-        " WHERE run = coalesce(?, run)"
-        " GROUP BY noise_multiplier, sample_rate, steps, shares, extra",
+        "SELECT noise_multiplier, sample_rate, sum(steps), shares FROM charges"
+        " WHERE run = coalesce(?, run) GROUP BY noise_multiplier, sample_rate, shares",
         (run,),
     )
-    parts = [(n, part) for n, *main, extra in rows for part in (main, *json.loads(extra))]
     return compose(
-        Event(noise_multiplier=sigma, sample_rate=rate, steps=n * steps, shares=sum(shares))
-        for n, (sigma, rate, steps, *shares) in parts  # a one-off release has none
+        Event(noise_multiplier=sigma, sample_rate=rate, steps=steps, shares=shares)
+        for sigma, rate, steps, shares in rows
     )
-
-
-def as_json(extra: Sequence[Event]) -> str:
-    """One-off releases as they are stored."""
-    return json.dumps([[e.noise_multiplier, e.sample_rate, e.steps] for e in extra])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client import ledger_file
+from client.ledger_file import Kind
 from fedlora import files
 from fedlora.errors import Refusal
 
@@ -24,10 +25,11 @@ FILE = "secure.db"
 MAX_UNUSED = 20
 """The most runs that were set up and have no masked vector, which a charge comes before: a server
 may ask for any number of them."""
-_APPLICATION = 0x66646C73  # "fdls", the file's mark for `file` and PRAGMA application_id
-_VERSION = 2
-_STORE = "secure-store"
-_SCHEMA = """
+_KIND = Kind(
+    store="secure-store",
+    application=0x66646C73,  # "fdls"
+    version=2,
+    schema="""
 CREATE TABLE runs (
     run TEXT PRIMARY KEY, terms BLOB NOT NULL,
     roster BLOB NOT NULL,   -- digest of the pinned keys of the run's names
@@ -53,7 +55,8 @@ CREATE TABLE rounds (
     list BLOB, signature BLOB,
     PRIMARY KEY (run, round)
 );
-"""
+""",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +97,18 @@ def opened(path: Path) -> Generator[sqlite3.Connection]:
         Refusal: ``secure-store-exposed``, ``-foreign``, ``-locked``, ``-corrupt`` or ``-unusable``;
             the block's own error otherwise.
     """
-    with ledger_file.refusing(path, _STORE):
+    with ledger_file.refusing(path, _KIND):
         if exposed := files.exposed(path):
-            raise Refusal(f"{_STORE}-exposed", exposed)
+            raise Refusal(f"{_KIND.store}-exposed", exposed)
         if not path.exists():
-            with (
-                contextlib.suppress(FileExistsError),  # another process made it meanwhile
-                ledger_file.new(path, _SCHEMA, application=_APPLICATION, version=_VERSION),
-            ):
+            # another process may make it meanwhile
+            with contextlib.suppress(FileExistsError), ledger_file.new(path, _KIND):
                 pass
-        marks = {"application": _APPLICATION, "version": _VERSION}
         with (
-            contextlib.closing(ledger_file.opened(path, **marks, store=_STORE)) as db,
+            contextlib.closing(ledger_file.opened(path, _KIND)) as db,
             ledger_file.transaction(db),
         ):
-            ledger_file.check_pages(db, path, _STORE)
+            ledger_file.check_pages(db, path, _KIND)
             yield db
 
 

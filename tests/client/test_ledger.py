@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -17,13 +16,11 @@ import pytest
 from client import ledger_file
 from client.ledger import Ledger
 from fedlora.errors import InputError, Refusal
-from fedlora.privacy import composition
 from fedlora.privacy.composition import Event, epsilon
 from fedlora.privacy.streams import RandomSource
 
 DELTA = 1e-5
 STEP = Event(noise_multiplier=2.0, sample_rate=0.25, steps=1)
-SIZE = Event(noise_multiplier=30.0, sample_rate=1.0, steps=1)
 # Forking keeps the warm accountant; the children touch nothing but the ledger.
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -129,14 +126,12 @@ def test_runs_with_other_noise_and_rates_compose_in_one_budget(tmp_path: Path) -
         assert refused(charge, ledger, run_id="c", event=second) == "budget-exhausted"
 
 
-def test_a_run_cannot_change_its_noise_rate_steps_or_one_off_releases(path: Path) -> None:
+def test_a_run_cannot_change_its_noise_rate_or_steps(path: Path) -> None:
     with Ledger.open(path) as ledger:
         charge(ledger)
         for field, value in (("noise_multiplier", 3.0), ("sample_rate", 0.1), ("steps", 2)):
             changed = dataclasses.replace(STEP, **{field: value})
             assert refused(charge, ledger, 2, event=changed) == "run-changed"
-        # a size that nobody paid for must not be released later
-        assert refused(charge, ledger, 2, extra_events=(SIZE,)) == "run-changed"
         assert ledger.history() == (STEP,)
 
 
@@ -317,49 +312,6 @@ def test_a_simulation_may_bring_its_own_key(path: Path) -> None:
         assert charge(ledger, 2).key != charge(ledger, 3).key
 
 
-def test_what_a_run_releases_once_is_paid_once_and_stays_the_same(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        for round in (1, 2, 3):
-            charge(ledger, round, extra_events=(SIZE,))
-            assert ledger.noised_size_of_run("run", 500.0 + round) == 501.0
-        charge(ledger, 1, run_id="second", extra_events=(SIZE,))
-        assert ledger.noised_size_of_run("second", 498.0) == 498.0
-        assert ledger.history("run") == (steps(3), SIZE) and ledger.steps_of("run") == 3
-        assert ledger.history() == composition.compose([steps(4), SIZE, SIZE])
-
-
-def test_a_history_is_read_by_kinds_of_charges_and_not_one_by_one(
-    tmp_path: Path, monkeypatch
-) -> None:
-    share = Event(noise_multiplier=2.0, sample_rate=0.25, steps=3, shares=4)
-    with Ledger.open(new(tmp_path / "wide.db", 100.0)) as ledger:
-        for round in range(1, 7):
-            charge(ledger, round, extra_events=(SIZE,))
-            charge(ledger, round, run_id="other", event=share)
-        read, loads = [], json.loads
-        monkeypatch.setattr(json, "loads", lambda text: read.append(text) or loads(text))
-        wanted = [steps(6), SIZE, dataclasses.replace(share, steps=18)]
-        assert ledger.history() == composition.compose(wanted)
-        assert len(read) == 3  # the first charge of a run, its others, and those of the other run
-        assert ledger.spent() == epsilon(wanted, DELTA)
-
-
-def test_a_size_with_the_noise_of_the_steps_is_no_step(path: Path) -> None:
-    alike = dataclasses.replace(STEP, steps=1)
-    with Ledger.open(path) as ledger:
-        charge(ledger, 1, extra_events=(alike,))
-        charge(ledger, 2, extra_events=(alike,))
-        assert ledger.steps_of("run") == 2 * STEP.steps and ledger.steps_of("another") == 0
-
-
-def test_the_once_released_size_counts_against_the_limit(tmp_path: Path) -> None:
-    path = new(tmp_path / "x.db", epsilon([STEP], DELTA) * 1.0001)
-    loud = Event(noise_multiplier=1.0, sample_rate=1.0, steps=1)
-    with Ledger.open(path) as ledger:
-        assert refused(charge, ledger, extra_events=(loud,)) == "budget-exhausted"
-        charge(ledger)
-
-
 def test_a_ledger_belongs_to_the_first_records_and_unit_it_is_bound_to(path: Path) -> None:
     with Ledger.open(path) as ledger:
         ledger.bind("f" * 64, "record")
@@ -409,11 +361,11 @@ def test_a_ledger_that_stays_locked_is_refused(path: Path, monkeypatch) -> None:
 
 def test_show_tells_each_entry_and_the_total(path: Path) -> None:
     with Ledger.open(path) as ledger:
-        charge(ledger, extra_events=(SIZE,))
+        charge(ledger)
         ledger.store_answer("run", 1, "order", b"update")
-        charge(ledger, 2, extra_events=(SIZE,))
+        charge(ledger, 2)
         shown = ledger.show()
-        assert shown["epsilon"] == ledger.spent() == epsilon([steps(2), SIZE], DELTA)
+        assert shown["epsilon"] == ledger.spent() == epsilon([steps(2)], DELTA)
     assert (shown["delta"], shown["limit"]) == (DELTA, limit_for(5))
     assert (shown["unit"], shown["fingerprint"]) == ("record", "f" * 64)
     assert [entry["answered"] for entry in shown["entries"]] == [True, False]
@@ -424,7 +376,6 @@ def test_show_tells_each_entry_and_the_total(path: Path) -> None:
         "sample_rate": 0.25,
         "steps": 1,
         "shares": 0,
-        "extra": [[30.0, 1.0, 1]],
         "at": "",
         "answered": True,
     }

@@ -17,7 +17,6 @@ from fedlora.privacy.composition import Event
 
 DELTA = 1e-4
 STEP = Event(noise_multiplier=2.0, sample_rate=0.25, steps=1)
-SIZE = Event(noise_multiplier=30.0, sample_rate=1.0, steps=1)
 FINGERPRINT = "f" * 64
 ANSWER = b"the update of round 2" * 20
 
@@ -29,20 +28,18 @@ def charge(ledger: Ledger, run: str, round: int, digest: str = "order"):
         order_digest=digest,
         event=STEP,
         max_steps_of_run=100,
-        extra_events=(SIZE,),
     )
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A ledger with all kinds of rounds in it, answered, open and closed, and a size."""
+    """A ledger with all kinds of rounds in it, answered, open and closed."""
     path = tmp_path / "bank.db"
     Ledger.create(path, max_epsilon=9.0, delta=DELTA, accountant="rdp")
     with Ledger.open(path) as ledger:
         ledger.bind(FINGERPRINT, "record")
         for round in (1, 2):
             charge(ledger, "run", round)
-            ledger.noised_size_of_run("run", 100.5)
             ledger.store_answer("run", round, "order", ANSWER)
         charge(ledger, "run", 3)
         charge(ledger, "second", 1)
@@ -57,7 +54,6 @@ def read(path: Path) -> object:
         ledger.bind(FINGERPRINT, "record")
         said = [ledger.show(), ledger.history(), ledger.history("run"), ledger.runs()]
         said += [charge(ledger, "run", 2), charge(ledger, "run", 3), charge(ledger, "second", 1)]
-        said.append(ledger.noised_size_of_run("run", 7.0))
         try:
             charge(ledger, "run", 1)
         except Refusal as refusal:
@@ -129,8 +125,6 @@ def edit(path: Path, statement: str) -> None:
         "UPDATE charges SET key = NULL WHERE id = 3",
         "UPDATE charges SET key = randomblob(32) WHERE id = 3",
         "UPDATE charges SET key = zeroblob(32) WHERE id = 1",
-        "UPDATE sizes SET size = 1.0",
-        "DELETE FROM sizes",
         "DELETE FROM closed",
         "UPDATE closed SET survivors = '[\"a\"]'",
         "UPDATE closed SET round = 2",
@@ -140,7 +134,6 @@ def edit(path: Path, statement: str) -> None:
         "INSERT INTO ledger SELECT * FROM ledger",
         "UPDATE charges SET steps = 2 WHERE id = 2",
         "UPDATE charges SET noise_multiplier = 20.0 WHERE id = 3",
-        "UPDATE charges SET extra = '[]' WHERE id = 1",
         "DELETE FROM charges WHERE id = 1",
         "DELETE FROM charges WHERE id = 5",
         "DELETE FROM charges",
@@ -187,7 +180,7 @@ def test_a_ledger_that_may_only_be_read_is_shown_and_not_charged(path: Path) -> 
 
 
 def test_a_ledger_of_another_version_is_left_as_it_is(path: Path) -> None:
-    for other in (ledger_file.VERSION - 1, ledger_file.VERSION + 1):
+    for other in (ledger_file.LEDGER.version - 1, ledger_file.LEDGER.version + 1):
         edit(path, f"PRAGMA user_version={other}")
         whole = path.read_bytes()
         with pytest.raises(Refusal, match="ledger-foreign"):

@@ -34,7 +34,6 @@ EVENTS = {
     "a": Event(noise_multiplier=2.0, sample_rate=0.25, steps=1),
     "b": Event(noise_multiplier=3.0, sample_rate=0.5, steps=2),
 }
-SIZE = Event(noise_multiplier=20.0, sample_rate=1.0, steps=1)
 MAX_STEPS = 4
 OWNER = ("f" * 64, "record")
 
@@ -48,7 +47,7 @@ def _spent(events: Sequence[Event]) -> float:
     return _epsilon(composition.compose(events))
 
 
-LIMIT = _spent([EVENTS["a"]] * 3 + [EVENTS["b"], SIZE]) * 1.001
+LIMIT = _spent([EVENTS["a"]] * 3 + [EVENTS["b"]]) * 1.001
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,6 @@ class Charging:
     round: int
     digest: str
     like: str
-    sized: bool
-
-    @property
-    def extra(self) -> tuple[Event, ...]:
-        return (SIZE,) if self.sized else ()
 
     def on(self, ledger: Ledger) -> Any:
         event = EVENTS[self.like]
@@ -73,7 +67,6 @@ class Charging:
             order_digest=self.digest,
             event=event,
             max_steps_of_run=MAX_STEPS,
-            extra_events=self.extra,
         )
         return charge.key if charge.answer is None else ("answer", charge.answer)
 
@@ -94,18 +87,7 @@ class Storing:
             return "never charged"
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """`Ledger.noised_size_of_run`."""
-
-    run: str
-    size: float
-
-    def on(self, ledger: Ledger) -> Any:
-        return ledger.noised_size_of_run(self.run, self.size)
-
-
-Operation = Charging | Storing | Sizing
+Operation = Charging | Storing
 
 
 @dataclass(frozen=True)
@@ -116,26 +98,24 @@ class Row:
     round: int
     digest: str
     event: Event
-    extra: tuple[Event, ...]
     key: bytes | None = None
     answered: bool = False
 
     @property
     def shown(self) -> tuple[Any, ...]:
-        return self.run, self.round, self.event, self.extra, self.answered
+        return self.run, self.round, self.event, self.answered
 
 
 @dataclass(frozen=True)
 class Book:
-    """What a ledger holds: charges in order, answers that can be given again, sizes."""
+    """What a ledger holds: charges in order, answers that can be given again."""
 
     rows: tuple[Row, ...] = ()
     answers: tuple[tuple[str, int, str, bytes], ...] = ()
-    sizes: tuple[tuple[str, float], ...] = ()
 
     @property
     def events(self) -> list[Event]:
-        return [event for row in self.rows for event in (row.event, *row.extra)]
+        return [row.event for row in self.rows]
 
 
 def after(book: Book, operation: Operation, said: Any) -> Book | None:
@@ -143,11 +123,6 @@ def after(book: Book, operation: Operation, said: Any) -> Book | None:
 
     ``said`` is ``...`` for an operation of which nothing is known but that it took place.
     """
-    if isinstance(operation, Sizing):
-        known = dict(book.sizes)
-        size = known.setdefault(operation.run, operation.size)
-        made = dataclasses.replace(book, sizes=tuple(sorted(known.items())))
-        return made if said in (..., size) else None
     if isinstance(operation, Storing):
         return _stored(book, operation, said)
     return _charged(book, operation, said)
@@ -191,13 +166,11 @@ def _charged(book: Book, operation: Charging, said: Any) -> Book | None:
     if sum(row.event.steps for row in mine) + event.steps > MAX_STEPS:
         return book if said in (..., "participation-cap") else None
     first = mine[0] if mine else None
-    if first and (first.event, first.extra) != (event, operation.extra):
+    if first and first.event != event:
         return book if said in (..., "run-changed") else None
-    extra = () if first else operation.extra
-    if _spent([*book.events, event, *extra]) > LIMIT:
+    if _spent([*book.events, event]) > LIMIT:
         return book if said in (..., "budget-exhausted") else None
-    # A run's later charges pay no one-off release, but the book needs to know what the first paid.
-    row = Row(*place, event, extra)
+    row = Row(*place, event)
     return _keyed(dataclasses.replace(book, rows=(*book.rows, row)), row, said)
 
 
@@ -268,18 +241,11 @@ seldom = st.sampled_from([False, False, False, False, True])
 def charging(draw: st.DrawFn) -> Charging:
     run = draw(runs)
     like = {"a": "b", "b": "a"}[run] if draw(seldom) else run
-    sized = (run == "b") != draw(seldom)
-    return Charging(run, draw(rounds), draw(digests), like, sized)
+    return Charging(run, draw(rounds), draw(digests), like)
 
 
 storing = st.builds(Storing, runs, rounds, digests, st.sampled_from([b"first", b"second"]))
-operations = st.lists(
-    st.one_of(
-        charging(), charging(), storing, st.builds(Sizing, runs, st.sampled_from([7.0, 9.0]))
-    ),
-    min_size=1,
-    max_size=4,
-)
+operations = st.lists(st.one_of(charging(), charging(), storing), min_size=1, max_size=4)
 cuts = st.one_of(
     st.none(),
     st.builds(Cut, st.just("statement"), st.integers(1, 50)),
@@ -375,9 +341,6 @@ class LedgerMachine(RuleBasedStateMachine):
                 entry["run"],
                 entry["round"],
                 Event(**{field.name: entry[field.name] for field in dataclasses.fields(Event)}),
-                tuple(
-                    Event(noise_multiplier=s, sample_rate=q, steps=n) for s, q, n in entry["extra"]
-                ),
                 entry["answered"],
             )
             for entry in shown["entries"]
