@@ -40,7 +40,7 @@ from fedlora.errors import InputError
 from fedlora.files import expanded
 from fedlora.runs.run_files import other_writer
 
-ACCEPTABLE = ("delta", "noise", "labels")
+ACCEPTABLE = ("delta", "noise")
 """Findings that void a result (`fedlora.data.findings`), and that ``accept`` may name."""
 ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
 """Keys that decide a run's place, speed and refusal, and no result."""

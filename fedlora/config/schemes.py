@@ -4,10 +4,7 @@ import math
 
 from fedlora.errors import InputError
 
-USAGE = (
-    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES, size:linear|square|exponential or "
-    "python:MODULE:FUNCTION"
-)
+USAGE = "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or python:MODULE:FUNCTION"
 PYTHON = "python:"
 """Begins a source or partition that a function of one's own gives (`fedlora.config.plugins`)."""
 BY_VALUE = ("natural", "python")
@@ -34,7 +31,6 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         "dirichlet": _is_positive(argument),
         # int() refuses 5,000 digits
         "pathological": argument.isdecimal() and len(argument) < 20 and int(argument) > 0,
-        "size": argument in ("linear", "square", "exponential"),
     }
     if not valid.get(scheme, False):
         raise InputError(
@@ -48,7 +44,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
     if scheme in ("dirichlet", "pathological") and not has_classes:
         raise InputError(
             f"data.partition is {spec!r}, which assigns classes, but model.task is 'sft', which "
-            "has none; use iid, natural:COLUMN or size:linear"
+            "has none; use iid or natural:COLUMN"
         )
     return scheme, argument
 

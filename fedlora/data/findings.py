@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora.config.config import RunConfig
-from fedlora.data.shards import Federation, Shard
+from fedlora.data.shards import Federation
 from fedlora.errors import InputError
 from fedlora.privacy import accounting
 from fedlora.privacy.budget import delta_of, plan_run
@@ -21,10 +21,6 @@ MAX_DELTA = 1e-3
 """The largest delta that is no finding."""
 MIN_REACH = 10.0
 """The least `reach` of a run that can learn; benchmarks/LOG.md has the runs behind it."""
-MAX_SEEN_SHARE = 0.01
-"""The largest share of held-out rows with the tokens of a training row that is no finding."""
-MIN_NUMBERS = 10
-"""The least number of labels that are taken for measurements, where all of them are numbers."""
 ALIKE = (
     "write names alike in both sources, or lower data.min-records or data.institutions where they "
     "leave institutions out"
@@ -60,7 +56,7 @@ def findings(config: RunConfig, records: Federation, participations: int) -> lis
     Raises:
         InputError: If no noise reaches the budget, or delta is not below 1 / records.
     """
-    found = [*_labels(records), *_seen(config, records)]
+    found: list[Finding] = []
     if config.privacy.enabled:
         plans = plans_of(config, records.units, participations)
         found += [*_split_units(config, records), *_delta(config, records)]
@@ -132,32 +128,6 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _labels(records: Federation) -> list[Finding]:
-    labels = records.labels
-    numbers = [value for label in labels if (value := _number(label)) is not None]
-    whole = all(value == int(value) for value in numbers)
-    few = len(labels) < MIN_NUMBERS or (whole and len(labels) <= 5 * MIN_NUMBERS)
-    if len(numbers) < len(labels) or few:
-        return []
-    return [
-        Finding(
-            name="labels",
-            text=f"the {len(labels)} labels are all numbers ({some(labels)}): they look like "
-            "measurements, and each different number would be a class; set data.label to a "
-            "column of classes, or put the numbers into ranges",
-            voids=True,
-        )
-    ]
-
-
-def _number(label: str) -> float | None:
-    try:
-        value = float(label.replace(",", "."))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def lost(counts: Mapping[str, int]) -> dict[str, int]:
     """Rows that a run leaves out as they cannot be used: what they have -> number."""
     return {
@@ -175,28 +145,6 @@ def lost(counts: Mapping[str, int]) -> dict[str, int]:
 def not_measured(config: RunConfig, records: Federation) -> int:
     """The number of rows of ``data.test-source`` of institutions that do not train in any view."""
     return records.counts["test_rows_dropped"] if config.data.view == "all" else 0
-
-
-def _seen(config: RunConfig, records: Federation) -> list[Finding]:
-    def inputs(shard: Shard) -> list[bytes]:
-        """What the model reads of each row: for sft the prompt."""
-        ends = shard.lengths if records.labels else shard.targets
-        return [shard.row(i)[: ends[i]].tobytes() for i in range(len(shard))]
-
-    trained = set(inputs(records.all_train))
-    held_out = inputs(records.all_held_out)
-    seen = sum(tokens in trained for tokens in held_out)
-    if seen <= MAX_SEEN_SHARE * len(held_out):
-        return []
-    return [
-        Finding(
-            name="seen-held-out",
-            text=f"{seen:,} of {len(held_out):,} held-out rows have the same tokens as a training "
-            "row, so that accuracies are too high; their texts differ after training.max-length "
-            f"({config.training.max_length}) tokens or in signs that the tokenizer drops: raise "
-            "training.max-length, or write such texts alike",
-        )
-    ]
 
 
 def _split_units(config: RunConfig, records: Federation) -> list[Finding]:

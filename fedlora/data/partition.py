@@ -26,8 +26,7 @@ from fedlora.errors import InputError
 from fedlora.privacy.streams import RandomSource
 
 DRAWS = 10
-"""How often units of privacy are dealt by Dirichlet until all institutions have enough rows, which
-Flower does for rows."""
+"""How often rows are dealt until all institutions have enough of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,29 +222,26 @@ def by_scheme(
         )
     source = RandomSource.seeded("partition", seed)
     order = source.child("order").permutation(len(dealt))
-    owner = np.zeros(len(dealt), dtype=np.int64)
-    if schemes.is_drawn(scheme, institutions):
-        fewest = least if units is None else 1  # of rows, which Flower cannot count here
-        draws = DRAWS if units is not None and scheme == "dirichlet" else 1
-        try:
-            for draw in source.child("flower").words(draws).tolist():
-                partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
-                owner[order] = _through_flower(partitioner, dealt[order])
-                if _sizes(owner[unit_of], institutions).min() >= least:
-                    break
+    owner = np.zeros(len(targets), dtype=np.int64)
+    why = "some institution has fewer"
+    for draw in source.child("flower").words(DRAWS).tolist() if institutions > 1 else ():
+        places = np.empty(len(dealt), dtype=np.int64)
+        try:  # rows of units are counted here, which Flower cannot
+            fewest = least if units is None else 1
+            partitioner = _partitioner(scheme, argument, institutions, fewest, draw)
+            places[order] = _through_flower(partitioner, dealt[order])
         except ValueError as error:
-            raise InputError(
-                f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
-                f"{len(targets)} training rows each ({' '.join(str(error).split())[:200]}); lower "
-                "data.institutions or data.min-records, or choose a more even partition"
-            ) from None
-    owner = owner[unit_of]
+            why = " ".join(str(error).split())[:200]
+            break
+        owner = places[unit_of]
+        if _sizes(owner, institutions).min() >= least:
+            break
     sizes = _sizes(owner, institutions)
     if sizes.min() < least:
         raise InputError(
-            f"data.min-records is {min_records}, but partition {spec} gives institution "
-            f"{int(sizes.argmin())} only {sizes.min()} of {len(targets)} training rows; lower it "
-            f"or data.institutions (now {institutions})"
+            f"data.partition {spec} cannot give {institutions} institutions {least} or more of "
+            f"{len(targets)} training rows each ({why}); lower data.institutions or "
+            "data.min-records, or choose a more even partition"
         )
     width = max(2, len(str(institutions - 1)))
     names = tuple(f"institution-{index:0{width}d}" for index in range(institutions))
@@ -284,11 +280,9 @@ def _partitioner(scheme: str, argument: str, institutions: int, least: int, seed
         return flower.DirichletPartitioner(
             institutions, "target", float(argument), min_partition_size=least, seed=seed
         )
-    if scheme == "pathological":
-        return flower.PathologicalPartitioner(
-            institutions, "target", int(argument), "first-deterministic", seed=seed
-        )
-    return getattr(flower, f"{argument.capitalize()}Partitioner")(institutions)
+    return flower.PathologicalPartitioner(
+        institutions, "target", int(argument), "first-deterministic", seed=seed
+    )
 
 
 def _assign_held_out(

@@ -1,6 +1,6 @@
 """From a source to the rows of each institution: read, checked, split and partitioned.
 
-`partition_rows` is the entry point. `fedlora.data.data` tokenises and caches the rows.
+`partition_rows` is the entry point. `fedlora.data.data` tokenises the rows.
 """
 
 from collections import Counter
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from fedlora.arrays import Int64
 from fedlora.config import plugins, schemes
 from fedlora.config.sections import DataConfig
-from fedlora.data import sources
-from fedlora.data.partition import at_most, by_column, by_scheme, hold_out, normalise
+from fedlora.data import partition, sources
 from fedlora.data.tables import as_text
-from fedlora.data.text import each_folded, folded
+from fedlora.data.text import each_folded
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
 
@@ -68,9 +67,8 @@ class PartitionedRows:
         answers: The label of each of them; for sft the response.
         train: Training rows sorted by institution, and the first row of each one ``(k + 1,)``.
         held_out: Held-out rows in the same form.
-        counts: Numbers of rows that were read, left out and removed.
-        left_out: Institutions left out (too few training rows, or not among the largest
-            ``data.institutions``) -> their training rows.
+        counts: Numbers of rows that were read, left out and removed; see `Federation`.
+        left_out: Institutions left out -> their training rows.
     """
 
     names: tuple[str, ...]
@@ -100,78 +98,38 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
     scheme, argument = schemes.parse(
         settings.partition, institutions=settings.institutions, has_classes=task != "sft"
     )
-    by_value = scheme in schemes.BY_VALUE
     if schemes.is_drawn(scheme, settings.institutions):
         require("flwr_datasets", "simulation", f"data.partition {settings.partition}")
-    text, label = settings.text, settings.label
-    rows = read_table(settings.source, text, label, _other_columns(settings, unit))
-    test = None
-    if settings.test_source:
-        others = _other_columns(settings, "record")  # held-out rows need no unit
-        test = read_table(settings.test_source, text, label, others, "test")
-        test = replace(test, numbers=test.numbers + len(rows.texts))
-    if scheme == "python":
-        rows = _assigned(rows, argument, seed)
-        test = test and _assigned(test, argument, seed)
+    rows, test = _read(settings, unit, argument if scheme == "python" else "", seed)
     classes = () if task == "sft" else _classes(settings, rows, test)
-    counts = {"rows": rows.read, "test_rows": test.read if test else 0}
-    counts["without_text"] = sum(table.without_text for table in (rows, test) if table)
-    counts["without_label"] = sum(table.without_label for table in (rows, test) if table)
-
-    train, held_out, counts["duplicates_removed"] = _split(
-        rows,
-        test,
-        fraction=settings.test_fraction,
-        seed=seed,
-        keep_labels=classes != () and not settings.labels,
-    )
-    if test is not None and not train.texts:
-        raise InputError(
-            f"data.test-source has the text of every one of the {len(rows.texts):,} rows of "
-            "data.source, so that none is left for training; give other rows"
-        )
-    if by_value:
-        train, lost = _with_value(train, argument)
-        held_out, lost_too = _with_value(held_out, argument)
-        if not train.texts:
-            raise InputError(
-                f"none of the {lost:,} training rows has anything in {argument!r}, the column of "
-                "data.partition; name another column, or use iid with data.institutions"
-            )
-        counts["without_institution"] = lost + lost_too
-        placed = by_column(
-            argument,
-            train.others[argument],
-            held_out.others[argument],
-            institutions=settings.institutions,
-            min_records=settings.min_records,
-        )
-    else:
-        counts["without_institution"] = 0
-        placed = by_scheme(
-            settings.partition,
-            _class_indices(train, classes),
-            _class_indices(held_out, classes),
-            institutions=settings.institutions,
-            min_records=settings.min_records,
-            seed=seed,
-            units=train.others.get(unit),
-        )
-    counts["institutions_dropped"] = len(placed.left_out)
-    owner = at_most(placed, settings.max_records, seed=seed)
+    learned = classes != () and not settings.labels
+    train, held_out, copies = _split(rows, test, settings.test_fraction, seed, learned)
+    without = 0
+    if scheme in schemes.BY_VALUE:
+        train, without, held_out = _with_value(train, held_out, argument)
+    placed = _placed(settings, train, held_out, classes, unit, seed)
+    owner = partition.at_most(placed, settings.max_records, seed=seed)
     lost_held_out = int((placed.held_out < 0).sum())
-    counts["rows_dropped"] = int((owner < 0).sum()) + lost_held_out
-    counts["units_at_several"] = _at_several(train.others.get(unit), owner)
-    counts["test_rows_dropped"] = lost_held_out if test else 0
-
+    read = [table for table in (rows, test) if table]
     return PartitionedRows(
         names=placed.names,
         classes=classes,
-        texts=rows.texts + (test.texts if test else []),
-        answers=rows.labels + (test.labels if test else []),
+        texts=[text for table in read for text in table.texts],
+        answers=[label for table in read for label in table.labels],
         train=_by_institution(train, owner, len(placed.names)),
         held_out=_by_institution(held_out, placed.held_out, len(placed.names)),
-        counts=counts,
+        counts={
+            "rows": rows.read,
+            "test_rows": test.read if test else 0,
+            "without_text": sum(table.without_text for table in read),
+            "without_label": sum(table.without_label for table in read),
+            "duplicates_removed": copies,
+            "without_institution": without,
+            "institutions_dropped": len(placed.left_out),
+            "rows_dropped": int((owner < 0).sum()) + lost_held_out,
+            "units_at_several": _at_several(train.others.get(unit), owner),
+            "test_rows_dropped": lost_held_out if test else 0,
+        },
         left_out=placed.left_out,
     )
 
@@ -194,8 +152,8 @@ def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
 def _other_columns(settings: DataConfig, unit: str) -> dict[str, str]:
     """The columns of institution and unit -> their config keys."""
     scheme, _, column = settings.partition.partition(":")
-    partition = {column: "data.partition"} if scheme == "natural" else {}
-    return partition | ({unit: "privacy.unit"} if unit != "record" else {})
+    named = {column: "data.partition"} if scheme == "natural" else {}
+    return named | ({unit: "privacy.unit"} if unit != "record" else {})
 
 
 def text_columns(text: str) -> list[str]:
@@ -204,11 +162,7 @@ def text_columns(text: str) -> list[str]:
 
 
 def read_table(
-    source: str,
-    text: str,
-    label: str,
-    others: Mapping[str, str],
-    split: str = "train",
+    source: str, text: str, label: str, others: Mapping[str, str], split: str = "train"
 ) -> Table:
     """Read the rows of a source that have a text and a label.
 
@@ -221,8 +175,7 @@ def read_table(
 
     Raises:
         InputError: If the source cannot be read, a column is missing, the label is among the
-            columns of the text, or no row has a text and a label; the message says which of them
-            is missing.
+            columns of the text, or no row has a text and a label.
     """
     columns = text_columns(text)
     if label in columns:
@@ -235,15 +188,13 @@ def read_table(
         column: [value.strip() for value in values]
         for column, values in sources.read(source, wanted, split).items()
     }
-    parts = zip(*(rows[column] for column in columns), strict=True)
-    texts = [joined(part) for part in parts]
-    others_read = {name: rows[name] for name in others}
+    texts = [joined(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
     written = np.array([bool(value) for value in texts])
     answered = np.array([bool(value) for value in rows[label]])
     table = Table(
         texts=texts,
         labels=rows[label],
-        others=others_read,
+        others={name: rows[name] for name in others},
         numbers=np.cumsum(written & answered) - 1,
         read=len(texts),
         without_text=int((~written).sum()),
@@ -254,9 +205,42 @@ def read_table(
             f"{source} has no row with a text and a label: of {table.read:,} rows, "
             f"{table.without_text:,} have nothing in data.text ({text}) and "
             f"{table.without_label:,} of the others nothing in data.label ({label}); set these "
-            "keys to columns that are filled in, or fill them in"
+            "keys to columns that are filled in"
         )
     return table.take(np.flatnonzero(written & answered))
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The text of a row whose text columns hold these values, without blanks at their ends."""
+    return " | ".join(filter(None, (part.strip() for part in parts)))
+
+
+def check_labels(found: list[str], classes: tuple[str, ...], source: str, remedy: str) -> None:
+    """Refuse rows of a source whose label is no class.
+
+    Raises:
+        RecordError: Naming the first such label; ``remedy`` ends the message.
+    """
+    alien = Counter(found).keys() - set(classes)
+    if alien:
+        name = min(alien)
+        known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
+        raise RecordError(
+            f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
+        )
+
+
+def _read(settings: DataConfig, unit: str, function: str, seed: int) -> tuple[Table, Table | None]:
+    """The training rows and those of ``data.test-source``, which need no unit."""
+    text, label, test = settings.text, settings.label, None
+    rows = read_table(settings.source, text, label, _other_columns(settings, unit))
+    if settings.test_source:
+        others = _other_columns(settings, "record")
+        test = read_table(settings.test_source, text, label, others, "test")
+        test = replace(test, numbers=test.numbers + len(rows.texts))
+    if function:
+        rows, test = _assigned(rows, function, seed), test and _assigned(test, function, seed)
+    return rows, test
 
 
 def _assigned(table: Table, name: str, seed: int) -> Table:
@@ -278,22 +262,13 @@ def _assigned(table: Table, name: str, seed: int) -> Table:
     return replace(table, others={**table.others, name: names})
 
 
-def joined(parts: Sequence[str]) -> str:
-    """The text of a row whose text columns hold these values, without blanks at their ends."""
-    return " | ".join(filter(None, (part.strip() for part in parts)))
-
-
 def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str, ...]:
     """Return the classes in index order, checked against the rows of both sources."""
-    given = settings.labels
-    classes = given or tuple(sorted(set(rows.labels)))
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in given if given.count(name) > 1)
-        raise InputError(f"data.labels has {twice!r} twice; drop one")
-    if len(classes) < 2:
+    classes = settings.labels or tuple(sorted(set(rows.labels)))
+    if len(set(classes)) < max(2, len(classes)):
         raise InputError(
-            f"there is only one label, {', '.join(classes) or '(none)'}, but at least 2 classes "
-            "are needed; set data.label to another column"
+            f"the labels are {', '.join(classes[:12])}, but at least 2 different ones are needed, "
+            "each once; set data.label to another column, or mend data.labels"
         )
     remedy = "correct these rows, or list every label in data.labels"
     check_labels(rows.labels, classes, settings.source, remedy)
@@ -302,41 +277,66 @@ def _classes(settings: DataConfig, rows: Table, test: Table | None) -> tuple[str
     return classes
 
 
-def check_labels(found: list[str], classes: tuple[str, ...], source: str, remedy: str) -> None:
-    """Refuse rows of a source whose label is no class.
-
-    Raises:
-        RecordError: Naming the first such label; ``remedy`` ends the message.
-    """
-    alien = Counter(found).keys() - set(classes)
-    if alien:
-        name = min(alien)
-        known = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-        raise RecordError(
-            f"label {name!r} ({found.count(name)} rows of {source}) is none of {known}; {remedy}"
-        )
-
-
 def _split(
-    rows: Table, test: Table | None, *, fraction: float, seed: int, keep_labels: bool
+    rows: Table, test: Table | None, fraction: float, seed: int, keep_labels: bool
 ) -> tuple[Table, Table, int]:
     """Return training rows, held-out rows, and the number of removed copies of held-out rows."""
     if test is None:
         labels = rows.labels if keep_labels else None
-        held = hold_out(rows.texts, fraction=fraction, seed=seed, labels=labels)
+        held = partition.hold_out(rows.texts, fraction=fraction, seed=seed, labels=labels)
         return rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held)), 0
-    known = set(map(normalise, test.texts))
-    unseen = [normalise(text) not in known for text in rows.texts]
+    known = set(map(partition.normalise, test.texts))
+    unseen = [partition.normalise(text) not in known for text in rows.texts]
+    if not any(unseen):
+        raise InputError(
+            f"data.test-source has the text of every one of the {len(rows.texts):,} rows of "
+            "data.source, so that none is left for training; give other rows"
+        )
     train = rows.take(np.flatnonzero(unseen))
     return train, test, len(rows.texts) - len(train.texts)
 
 
-def _with_value(table: Table, column: str) -> tuple[Table, int]:
+def _with_value(train: Table, held_out: Table, column: str) -> tuple[Table, int, Table]:
     """Return the rows with a value in a column, and the number of rows without one."""
-    values = table.others[column]
-    given = {value for value in set(values) if folded(value)}
-    rows = np.flatnonzero([value in given for value in values])
-    return table.take(rows), len(table.texts) - len(rows)
+    given = [
+        np.flatnonzero([bool(value) for value in each_folded(table.others[column])])
+        for table in (train, held_out)
+    ]
+    without = len(train.texts) + len(held_out.texts) - len(given[0]) - len(given[1])
+    if not len(given[0]):
+        raise InputError(
+            f"none of the {len(train.texts):,} training rows has anything in {column!r}, the "
+            "column of data.partition; name another column, or use iid with data.institutions"
+        )
+    return train.take(given[0]), without, held_out.take(given[1])
+
+
+def _placed(
+    settings: DataConfig,
+    train: Table,
+    held_out: Table,
+    classes: tuple[str, ...],
+    unit: str,
+    seed: int,
+) -> partition.Assignment:
+    scheme, _, argument = settings.partition.partition(":")
+    if scheme in schemes.BY_VALUE:
+        return partition.by_column(
+            argument,
+            train.others[argument],
+            held_out.others[argument],
+            institutions=settings.institutions,
+            min_records=settings.min_records,
+        )
+    return partition.by_scheme(
+        settings.partition,
+        _class_indices(train, classes),
+        _class_indices(held_out, classes),
+        institutions=settings.institutions,
+        min_records=settings.min_records,
+        seed=seed,
+        units=train.others.get(unit),
+    )
 
 
 def _at_several(units: Sequence[str] | None, owner: Int64) -> int:

@@ -10,7 +10,6 @@ function that returns a table, or ``memory:DIGEST`` for a table that this proces
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ from fedlora.data.tables import READERS, Frame, Rows
 from fedlora.data.text import alike
 from fedlora.errors import InputError, RecordError
 from fedlora.extras import require
-from fedlora.files import expanded, sha256
+from fedlora.files import expanded
 
 HUB, PACKAGE = "hub:", "package:"
 US_GAAP = "package:edgartools"
@@ -50,26 +49,20 @@ def read(source: str, wanted: Mapping[str, str], split: str = "train") -> Rows:
 
 def frame(source: str, split: str = "train") -> Frame:
     """All columns of a source as a data frame, values as they are; see `read`."""
-    table = _frame(source, split)
-    if not len(table):
-        raise InputError(
-            f"data source {source!r} names its columns, but has no row below them; "
-            "give one that has rows"
-        )
-    return table
-
-
-def _frame(source: str, split: str) -> Frame:
     if source.startswith((HUB, schemes.PYTHON)):
-        return _called(source, split)
-    if source.startswith(tables.MEMORY):
-        return tables.held(source)
-    if source == US_GAAP:
-        return _us_gaap(locate(source))
-    if files := institution_files(source):
+        table = _called(source, split)
+    elif source.startswith(tables.MEMORY):
+        table = tables.held(source)
+    elif source == US_GAAP:
+        table = _us_gaap(locate(source))
+    elif files := institution_files(source):
         parts = {name: tables.read_file(path, str(path)) for name, path in files.items()}
-        return tables.stacked(parts, source)
-    return tables.read_file(locate(source), source)
+        table = tables.stacked(parts, source)
+    else:
+        table = tables.read_file(locate(source), source)
+    if not len(table):
+        raise InputError(f"data source {source!r} has no row; give one that has rows")
+    return table
 
 
 def institution_files(source: str) -> dict[str, Path]:
@@ -122,18 +115,16 @@ def _accessible(source: str) -> Generator[None]:
     """Turn an error of the file system, such as a directory closed to this user, into one line."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError of a pattern that is none
         raise InputError(
-            f"data source {source!r} cannot be read: {error.strerror}; let user {os.geteuid()}, "
-            "who runs this, read it, or give another"
+            f"data source {source!r} cannot be read: {getattr(error, 'strerror', None) or error}; "
+            f"let user {os.geteuid()}, who runs this, read it, or give another"
         ) from None
-    except ValueError as error:  # of a pattern that is none, or a path with a null character
-        raise InputError(f"data source {source!r} is no path: {error}; correct it") from None
 
 
 @functools.lru_cache(maxsize=2)
 def _called(source: str, split: str) -> Frame:
-    """The table of the Hub or of a function of one's own: one call for digest and rows."""
+    """The table of the Hub or of a function of one's own, which is called once."""
     if source.startswith(HUB):
         return tables.frame(_load_hub(source, split), source)
     key = "data.source" if split == "train" else "data.test-source"
@@ -151,17 +142,6 @@ def _called(source: str, split: str) -> Frame:
 def forget() -> None:
     """Drop the tables of functions of one's own, so that they are called again."""
     _called.cache_clear()
-
-
-def digest(source: str, split: str = "train") -> str:
-    """Return a sha256 that changes with the rows that `read` returns."""
-    if source.startswith((HUB, schemes.PYTHON)):
-        return tables.digest(_called(source, split))
-    if source.startswith(tables.MEMORY):
-        return source.removeprefix(tables.MEMORY)
-    files = institution_files(source) or {"": locate(source)}
-    content = [[name, path.suffix.lower(), sha256(path)] for name, path in files.items()]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def locate(source: str) -> Path:
@@ -194,11 +174,8 @@ def _in_package(package: str, relative: str) -> Path | None:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):
         return None
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        path = Path(folder, relative)
-        if path.is_file():
-            return path
-    return None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return next((Path(f, relative) for f in folders if Path(f, relative).is_file()), None)
 
 
 def _us_gaap(path: Path) -> Frame:

@@ -1,8 +1,7 @@
 """Tables of records as columns of text: files, data frames, data sets and dictionaries.
 
 pandas reads every kind. Every value is text, and a missing one is the empty text. `hold` names a
-table of this process ``memory:DIGEST``, a source like any other (`fedlora.data.sources`): another
-process can open the tokenised records, but not the rows.
+table of this process ``memory:DIGEST``, a source like any other (`fedlora.data.sources`).
 """
 
 import csv
@@ -13,7 +12,7 @@ import json
 import secrets
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -62,15 +61,10 @@ def read_file(path: Path, source: str) -> Frame:
         )
     try:
         table = READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError:
-        raise InputError(
-            f"data source {source!r} cannot be read as UTF-8; convert it, as in: "
-            "iconv -f LATIN1 -t UTF-8 old.csv > new.csv"
-        ) from None
     except (ValueError, OSError, NotImplementedError, RecursionError, Warning) as error:
+        remedy = "convert it to UTF-8" if isinstance(error, UnicodeDecodeError) else "mend the file"
         raise InputError(
-            f"data source {source!r} cannot be read: {' '.join(str(error).split())[:200]}; mend "
-            "the file"
+            f"data source {source!r} cannot be read: {' '.join(str(error).split())[:200]}; {remedy}"
         ) from None
     table.columns = [str(name).strip() for name in table.columns]
     return table
@@ -80,21 +74,18 @@ def _read_csv(path: Path) -> Frame:
     pandas = _pandas()
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next((line for line in file if line.strip()), "")
-        delimiter = max(
-            DELIMITERS, key=lambda sign: len(next(csv.reader([header], delimiter=sign)))
-        )
+        parted = [next(csv.reader([header], delimiter=sign)) for sign in DELIMITERS]
+        names = max(parted, key=len)
         file.seek(0)
-        names = next((row for row in csv.reader(file, delimiter=delimiter) if row), list[str]())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a longer row would lose some
-        table = pandas.read_csv(
-            path,
-            sep=delimiter,
-            dtype=str,
-            keep_default_na=False,
-            index_col=False,
-            encoding="utf-8-sig",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)  # a longer row loses values
+            table = pandas.read_csv(
+                file,
+                sep=DELIMITERS[parted.index(names)],
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+            )
     table.columns = names  # pandas gives a name that is there twice another one
     return table
 
@@ -122,13 +113,9 @@ def frame(table: Table, source: str) -> Frame:
         InputError: For a table of another type, or columns of different lengths.
     """
     if by_institution(table):
-        parts = {str(name): part for name, part in table.items()}
         if same := alike([str(name) for name in table]):
-            raise InputError(
-                f"{source} has the institutions {same}, whose names are the same but for case, "
-                "spaces or type; rename one, or give their rows together"
-            )
-        return stacked({name: frame(part, source) for name, part in parts.items()}, source)
+            raise InputError(f"{source} has the institutions {same}, one name; rename one")
+        return stacked({str(name): frame(part, source) for name, part in table.items()}, source)
     pandas = _pandas()
     if isinstance(table, pandas.DataFrame):
         return table.set_axis([str(name) for name in table.columns], axis=1)
@@ -173,13 +160,19 @@ def texts(table: Frame, wanted: Mapping[str, str], source: str) -> Rows:
         source: What gave the table, for error messages.
 
     Raises:
-        InputError: If a column is missing or there twice, or a value is no text, number or date.
+        InputError: If a column is there twice, or a value is no text, number or date.
+        RecordError: For the first missing column. It quotes the columns, which without a header
+            are the values of the first record.
     """
-    check_columns(source, wanted, table.columns)
+    present = list(table.columns)
     rows: Rows = {}
-    for name in wanted:
-        if list(table.columns).count(name) > 1:
-            raise InputError(f"{source} has two columns {name!r}; rename or remove one of them")
+    for name, key in wanted.items():
+        if present.count(name) != 1:
+            listed = ", ".join(present[:30]) + (", ..." if len(present) > 30 else "")
+            raise RecordError(
+                f"{key} is {name!r}, but {source} has {present.count(name) or 'no'} such column "
+                f"(it has {listed}); name one of them, once"
+            )
         try:
             values, missing = table[name].tolist(), table[name].isna().tolist()
         except (ValueError, OverflowError) as error:  # dates that Python has not
@@ -193,55 +186,24 @@ def texts(table: Frame, wanted: Mapping[str, str], source: str) -> Rows:
     return rows
 
 
-def check_columns(source: str, wanted: Mapping[str, str], present: Iterable[str]) -> None:
-    """Refuse a source without a wanted column.
-
-    Args:
-        source: The source, for messages.
-        wanted: Column name -> its config key.
-        present: The columns of the source.
-
-    Raises:
-        InputError: If the source has no column.
-        RecordError: For the first missing column. It quotes the columns, which without a header
-            are the values of the first record.
-    """
-    columns = list(dict.fromkeys(present))
-    if not columns:
-        raise InputError(f"data source {source!r} is empty; give one that has rows")
-    listed = ", ".join(columns[:30]) + (", ..." if len(columns) > 30 else "")
-    for column, key in wanted.items():
-        if column not in columns:
-            raise RecordError(
-                f"{key} is {column!r}, but {source} has the columns {listed}; set {key} to one of "
-                "them" + (", as natural:COLUMN, or to iid" if key == "data.partition" else "")
-            )
-
-
 def as_text(value: Any, source: str, column: str) -> str:
-    """A value of a row as text; a missing one is the empty text.
-
-    Dates and times are written as ISO 8601 does; pandas' timestamps are dates too.
+    """A value of a row as text; a missing one is the empty text, dates are as in ISO 8601.
 
     Raises:
         InputError: If it is no text, number, date or truth value, or no Unicode.
     """
-    if isinstance(value, str):
-        if not is_unicode(value):
-            raise InputError(
-                f"column {column!r} of {source} holds half of a surrogate pair, which is no "
-                "character; write the whole pair, or leave it out"
-            )
+    if isinstance(value, str) and is_unicode(value):
         return value
     pandas = _pandas()
     if type(value).__name__ == "datetime64":
         value = pandas.Timestamp(value)
     elif getattr(value, "ndim", None) == 0:  # of numpy or torch
         value = value.item()
-    if isinstance(value, bytes) or not pandas.api.types.is_scalar(value):
+    if isinstance(value, str | bytes) or not pandas.api.types.is_scalar(value):
+        kind = "half a character" if isinstance(value, str) else f"a {type(value).__name__}"
         raise InputError(
-            f"column {column!r} of {source} holds a {type(value).__name__}; it must hold one text, "
-            "number or date a row: write it as text"
+            f"column {column!r} of {source} holds {kind}; it must hold one text, number or date a "
+            "row: write it as text"
         )
     if pandas.isna(value):
         return ""
@@ -266,8 +228,6 @@ def hold(table: Table, wanted: Mapping[str, str], key: str) -> Generator[str]:
         InputError: For a table of another type, a missing column, or a value that is no text.
     """
     rows = texts(frame(table, key), wanted, key)
-    if not any(rows.values()):
-        raise InputError(f"{key} has no row; give one that has rows")
     # a plain digest would let whoever knows all rows but one try out the last
     content = json.dumps(rows, sort_keys=True).encode()
     source = MEMORY + hmac.new(_KEY, content, hashlib.sha256).hexdigest()
@@ -282,16 +242,10 @@ def held(source: str) -> Frame:
     """The rows that `hold` has named. Raises `InputError` in another process, or after its end."""
     if source not in _held:
         raise InputError(
-            f"data source {source[:20]}... was a table of another Python process, and its "
-            "tokenised records are no longer cached; call fedlora.run again with data=..."
+            f"data source {source[:20]}... was a table of another Python process; call "
+            "fedlora.run again with data=..."
         )
     return _pandas().DataFrame(_held[source])
-
-
-def digest(table: Frame) -> str:
-    """SHA-256 (hex) of all columns of a data frame, whatever their values are."""
-    content = {name: [f"{type(v).__name__} {v}" for v in table[name]] for name in table.columns}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_table(thing: Any) -> bool:
@@ -308,9 +262,8 @@ def by_institution(table: Table) -> bool:
     """
     if _is_a(table, "datasets", "DatasetDict"):
         raise InputError(
-            f"data is a DatasetDict with the splits {', '.join(table)}, which would be taken for "
-            'institutions; give one split, as in data=splits["train"], and the published test '
-            'split as test_data=splits["test"]'
+            f"data has the splits {', '.join(table)}, which would be taken for institutions; give "
+            'one, as in data=splits["train"], test_data=splits["test"]'
         )
     if not isinstance(table, Mapping):
         return False
@@ -325,5 +278,5 @@ def _is_a(thing: Any, module: str, name: str) -> bool:
 
 
 def _pandas() -> Any:
-    """Pandas, imported late: opening cached records and most commands need none."""
+    """Pandas, imported late: most commands need none."""
     return importlib.import_module("pandas")

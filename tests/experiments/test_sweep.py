@@ -645,11 +645,11 @@ def test_of_two_sweeps_that_start_at_once_in_one_directory_the_second_is_refused
 
 
 def test_the_arm_base_keeps_what_set_accepts_and_tracks(sweep_file):
-    text = 'arms = ["base", "federated"]\n[set]\naccept = ["labels"]\n'
+    text = 'arms = ["base", "federated"]\n[set]\naccept = ["noise"]\n'
     text += 'tracking.mlflow = "sqlite:///t.db"\nengine.threads = 2\n[grid]\nseed = [1]'
     for case in sweep.read(sweep_file(text)):
         config = case.config
-        assert config.accept == ("labels",) and config.engine.threads == 2
+        assert config.accept == ("noise",) and config.engine.threads == 2
         assert config.tracking.mlflow == "sqlite:///t.db"
 
 

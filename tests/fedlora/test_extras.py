@@ -42,7 +42,7 @@ def test_a_hub_source_without_datasets_is_refused(missing, monkeypatch, tmp_path
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     missing("datasets")
     with pytest.raises(InputError, match=r"'hub:org/name' needs .* datasets.*\[simulation\]"):
-        sources.digest("hub:org/name")
+        sources.frame("hub:org/name")
 
 
 def test_a_partition_by_a_scheme_without_flwr_datasets_is_refused_before_rows_are_read(

@@ -16,7 +16,6 @@ from fedlora.errors import InputError
         ("dirichlet:0.5", ("dirichlet", "0.5")),
         ("natural:who: exactly", ("natural", "who: exactly")),
         ("pathological:2", ("pathological", "2")),
-        ("size:square", ("size", "square")),
     ],
 )
 def test_a_partition_has_a_scheme_and_its_argument(spec: str, parsed: tuple[str, str]) -> None:
@@ -26,7 +25,7 @@ def test_a_partition_has_a_scheme_and_its_argument(spec: str, parsed: tuple[str,
 @pytest.mark.parametrize(
     "spec",
     [
-        *("random", "iid:3", "natural", "natural:", "size", "size:huge"),
+        *("random", "iid:3", "natural", "natural:", "size:linear"),
         *("dirichlet", "dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:inf"),
         *("dirichlet:x", "pathological", "pathological:0", "pathological:1.5", "pathological:²"),
     ],

@@ -263,15 +263,15 @@ def test_instruction_pairs_have_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"partition": "natural:town"}, "data.partition is 'town', .* has the columns text, label"),
+        ({"partition": "natural:town"}, "data.partition is 'town', .*it has text, label"),
         ({"label": "mood"}, "data.label is 'mood', but .* text, label, bank, customer"),
         ({"text": "text,title"}, "data.text is 'title'"),
         ({"text": "text, label"}, "data.text is 'text, label', of which 'label' is data.label too"),
         ({"unit": "person"}, "privacy.unit is 'person'"),
         ({"unit": "customer"}, "privacy.unit is 'customer', but 1 training rows have nothing in"),
         ({"labels": ("good", "fine")}, r"label 'bad' \(2 rows of .*a.jsonl\) is none of good"),
-        ({"labels": ("good", "bad", "good")}, "data.labels has 'good' twice"),
-        ({"label": "same"}, "there is only one label, x"),
+        ({"labels": ("good", "bad", "good")}, "each once; set data.label"),
+        ({"label": "same"}, "the labels are x, but"),
         ({"partition": "iid", "institutions": 6}, "institutions is 6, but there are only 5"),
         ({"institutions": 3}, "data.institutions is 3, but only 2 of 2 values of 'bank'"),
         ({"partition": "by-size"}, "data.partition is 'by-size'; it must be iid, "),

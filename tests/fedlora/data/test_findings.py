@@ -116,15 +116,6 @@ def test_the_default_minimum_of_records_is_the_least_whose_default_delta_is_no_f
     assert delta(MIN_NATURAL_RECORDS) <= MAX_DELTA < delta(MIN_NATURAL_RECORDS - 1)
 
 
-def test_held_out_rows_that_the_model_reads_as_training_rows_are_counted() -> None:
-    records = federation([100, 200, 150])
-    few = replace(records, all_held_out=shard([0] * 200, first=450 - 2))
-    assert "seen-held-out" not in found(few)
-    several = replace(records, all_held_out=shard([0] * 200, first=450 - 3))
-    said = found(several)["seen-held-out"]
-    assert said.text.startswith("3 of 200 held-out rows") and not said.voids
-
-
 def test_noise_under_which_nothing_can_be_learned_voids_the_result() -> None:
     records = federation([100, 200, 150])
     said = found(records, **{"privacy.epsilon": 0.01})["noise"]
@@ -168,27 +159,6 @@ def test_weights_by_size_keep_a_tiny_institution_from_drowning_the_others() -> N
 
     assert reach(uniform, both) < reach(uniform, alone) / 4
     assert reach(weighted, both) > 0.7 * reach(weighted, alone)
-
-
-@pytest.mark.parametrize(
-    ("labels", "name"),
-    [
-        (tuple(f"{i}.{i % 7 + 1}" for i in range(12)), "labels"),
-        (tuple(map(str, range(60))), "labels"),
-    ],
-)
-def test_labels_that_are_no_classes_are_found(labels, name) -> None:
-    said = found(federation([60 * len(labels)], labels))
-    assert list(said) == [name]
-    assert said[name].voids == (name == "labels")
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [("a+", "a-", "b+"), ("-1", "1"), tuple(map(str, range(1, 11))), ("0", "0.5", "1")],
-)
-def test_grades_and_ratings_are_classes(labels) -> None:
-    assert found(federation([60 * len(labels)], labels)) == {}
 
 
 def test_a_void_run_is_refused_until_each_of_its_findings_is_accepted() -> None:

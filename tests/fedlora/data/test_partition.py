@@ -18,7 +18,7 @@ from fedlora.data.partition import (
 )
 from fedlora.errors import InputError
 
-SCHEMES = ["iid", "dirichlet:0.5", "pathological:2", "size:linear", "size:square"]
+SCHEMES = ["iid", "dirichlet:0.5", "pathological:2"]
 CLASSES = np.repeat(np.arange(3), [60, 90, 30])
 
 
@@ -177,12 +177,9 @@ def test_a_unit_is_dealt_by_the_class_of_most_of_its_rows() -> None:
     assert dealt.train.tolist() == [1, 1, 1, 2, 0, 0]
 
 
-def test_sizes_are_equal_under_iid_and_grow_under_size() -> None:
+def test_sizes_are_equal_under_iid() -> None:
     iid = by_scheme("iid", 61, 0, institutions=3, min_records=1, seed=0)
     assert sorted(np.bincount(iid.train)) == [20, 20, 21]
-    linear = by_scheme("size:linear", 60, 60, institutions=3, min_records=1, seed=0)
-    assert np.bincount(linear.train).tolist() == [10, 20, 30]
-    assert np.bincount(linear.held_out).tolist() == [10, 20, 30]
 
 
 def test_an_institution_is_tested_on_the_classes_that_it_trains_on() -> None:
@@ -208,10 +205,9 @@ def test_held_out_rows_of_a_class_that_nobody_trains_on_are_kept() -> None:
     ("spec", "institutions", "min_records", "message"),
     [
         ("iid", 181, 1, "data.institutions is 181, but there are only 180 training rows"),
-        ("iid", 90, 3, r"data.min-records is 3, but .* only 2 of 180 .*institutions \(now 90\)"),
+        ("iid", 90, 3, "partition iid cannot give 90 institutions 3 or more"),
         ("dirichlet:0.01", 60, 3, "partition dirichlet:0.01 cannot give 60 institutions 3 or more"),
         ("pathological:4", 2, 1, "greater than the number of unique classes"),
-        ("size:exponential", 12, 1, "size:exponential cannot give 12 institutions 1 or more"),
     ],
 )
 def test_a_partition_that_the_rows_cannot_fill_is_an_error(

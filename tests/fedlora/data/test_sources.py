@@ -126,9 +126,8 @@ def test_a_date_beyond_those_of_python_is_one_line_that_names_the_column(tmp_pat
     ],
 )
 def test_a_source_that_is_not_there_says_what_to_do(source: str, message: str) -> None:
-    for use in (lambda: sources.read(source, TEXT_LABEL), lambda: sources.digest(source)):
-        with pytest.raises(InputError, match=message):
-            use()
+    with pytest.raises(InputError, match=message):
+        sources.read(source, TEXT_LABEL)
 
 
 def test_records_that_are_closed_to_this_user_are_one_line_with_the_remedy(
@@ -147,9 +146,8 @@ def test_records_that_are_closed_to_this_user_are_one_line_with_the_remedy(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, closed)
-            for use in (sources.digest, lambda s: sources.read(s, TEXT_LABEL)):
-                with pytest.raises(InputError, match=r"Permission denied; let user \d+, who runs"):
-                    use(str(source))
+            with pytest.raises(InputError, match=r"Permission denied; let user \d+, who runs"):
+                sources.read(str(source), TEXT_LABEL)
 
 
 def test_a_file_in_a_package_is_found_without_importing_the_package(
@@ -194,13 +192,6 @@ def test_the_installed_us_gaap_mapping_has_the_known_size() -> None:
     assert len(set(rows["industry"])) == 48
     assert len(set(rows["label"])) == 6
     assert "edgar" not in sys.modules
-
-
-def test_the_digest_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
-    one = sources.digest(write(tmp_path / "a.csv", "text,label\na,b\n"))
-    assert one == sources.digest(write(tmp_path / "b.csv", "text,label\na,b\n"))
-    assert one != sources.digest(write(tmp_path / "a.csv", "text,label\na,c\n"))
-    assert one != sources.digest(write(tmp_path / "a.jsonl", "text,label\na,b\n"))
 
 
 def test_a_hub_data_set_gives_the_names_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
