@@ -192,18 +192,18 @@ def as_text(value: Any, source: str, column: str) -> str:
     Raises:
         InputError: If it is no text, number, date or truth value, or no Unicode.
     """
-    if isinstance(value, str) and is_unicode(value):
+    if type(value) is str and is_unicode(value):
         return value
     pandas = _pandas()
     if type(value).__name__ == "datetime64":
         value = pandas.Timestamp(value)
     elif getattr(value, "ndim", None) == 0:  # of numpy or torch
-        value = value.item()
-    if isinstance(value, str | bytes) or not pandas.api.types.is_scalar(value):
-        kind = "half a character" if isinstance(value, str) else f"a {type(value).__name__}"
+        value = cast(Any, value).item()
+    kind = type(value).__name__
+    if kind in ("str", "bytes") or not pandas.api.types.is_scalar(value):
         raise InputError(
-            f"column {column!r} of {source} holds {kind}; it must hold one text, number or date a "
-            "row: write it as text"
+            f"column {column!r} of {source} holds a {kind} that is none; it must hold one text, number or "
+            "date a row: write it as text"
         )
     if pandas.isna(value):
         return ""
