@@ -202,8 +202,8 @@ def as_text(value: Any, source: str, column: str) -> str:
     kind = type(value).__name__
     if kind in ("str", "bytes") or not pandas.api.types.is_scalar(value):
         raise InputError(
-            f"column {column!r} of {source} holds a {kind} that is none; it must hold one text, number or "
-            "date a row: write it as text"
+            f"column {column!r} of {source} holds a {kind} that cannot be read; it must hold one "
+            "text, number or date a row: write it as text"
         )
     if pandas.isna(value):
         return ""
