@@ -418,7 +418,7 @@ def test_a_resume_on_other_records_is_refused(tiny_config, simulate_run, complai
     simulate_run(config)
     (Path(config.run_dir) / "result.json").unlink()
     copy.write_text("".join(complaints.read_text().splitlines(keepends=True)[:-5]))
-    records._load.cache_clear()  # as in a new process
+    records.forget()  # as in a new process
     with pytest.raises(InputError, match="other records, base weights or"):
         simulate_run(config)
 

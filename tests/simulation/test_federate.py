@@ -171,7 +171,7 @@ FRAME = pandas.DataFrame({"text": ["a"], "label": ["b"], "bank": ["c"]})
         ({"epsilon": "much"}, "privacy.epsilon is 'much'; it must be a number, above 0"),
         ({"epsilon": -1}, "privacy.epsilon is -1; it must be above 0"),
         ({"data": 7}, "data is a int; it must be a pandas.DataFrame"),
-        ({"data": FRAME}, "data.partition is 'industry', but data has the columns text, label"),
+        ({"data": FRAME}, "data.partition is 'industry', but data has no such column"),
         ({"data": FRAME, "partition": "iid"}, "data.institutions"),
         ({"data": FRAME, "partition": "natural:bank", "label": "kind"}, "data.label is 'kind'"),
         ({"data": "nowhere.csv"}, "'nowhere.csv' is not a file"),
