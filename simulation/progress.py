@@ -34,6 +34,12 @@ from server.privacy_statement import with_earlier_runs
 if TYPE_CHECKING:
     from simulation.engines.grid import SimulationGrid
 
+MEANINGS = {
+    "alone": "each institution by itself",
+    "shared": "the federation's adapter",
+    "own": "made from the shared adapter at home, or alone where better",
+}
+"""The models that a run compares."""
 VERDICT_STYLES = {Outcome.GAIN: "green", Outcome.UNCLEAR: "yellow", Outcome.LOSS: "bold red"}
 
 
@@ -201,43 +207,19 @@ def add_joining(table: Table, result: Mapping[str, Any]) -> None:
     joining = joining_verdict.comparison(result)
     if joining is None:
         return
-    for model, meaning in (
-        ("alone", "each institution by itself"),
-        ("shared", "the federation's adapter"),
-        ("own", "made from the shared adapter at home, or alone where better"),
-    ):
+    for model, meaning in MEANINGS.items():
         quality = joining[model]
         table.add_row(
             model,
             f"accuracy {quality['accuracy']:.4f}, macro-F1 {quality['macro_f1']:.4f} ({meaning})",
         )
-    gain = joining["gain"]
-    table.add_row(
-        "gain of joining",
-        f"{joining_verdict.interval(gain)}; of {(count := len(joining['institutions']))} "
-        f"institution{'s' * (count != 1)} {joining_verdict.movers(gain)}",
-    )
-    if "gain_shared" in joining:  # not in runs of earlier versions
-        table.add_row("shared over alone", joining_verdict.interval(joining["gain_shared"]))
-    if on_scarce := joining_verdict.scarce_gain(joining):
-        table.add_row(
-            "on scarce classes",
-            f"{on_scarce}; {joining['scarce']['rows']:,} held-out rows are of classes of which "
-            f"their institution has at most {joining_verdict.MAX_SCARCE_RECORDS} training records; "
-            f"{_accuracies(joining['scarce'])}",
-        )
-    style = VERDICT_STYLES[joining_verdict.overall(joining)]
+    if on_new := joining_verdict.on_new_kinds(joining):
+        table.add_row("new kinds", on_new)
+    table.add_row("", joining_verdict.movers(joining))
+    style = VERDICT_STYLES[joining_verdict.outcome(joining)]
     if void(result) and style == "green":
         style = "yellow"  # said above of all figures
     table.add_row("", Styled(joining_verdict.verdict(joining), style))
-    compared = joining_verdict.compared(joining, result["population"])
-    notes = [compared, joining_verdict.one_run(joining)]
-    if said := " ".join(filter(None, notes)):
-        table.add_row("", said)
-
-
-def _accuracies(of: Mapping[str, Any]) -> str:
-    return ", ".join(f"{model} {of[model]:.4f}" for model in joining_verdict.MODELS)
 
 
 def add_rounds(

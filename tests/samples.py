@@ -77,7 +77,7 @@ def same_adapters(a, b):
 _TEXTS = itertools.count(1000)  # no two rows have one text unless a test says so
 
 
-def compared_rows(truth, alone, shared, own, records=64, scarce=None, texts=None):
+def compared_rows(truth, alone, shared, own, records=64, known=None, texts=None):
     """One institution's held-out rows and the answers of its three models, as class indices."""
     return comparison.Rows(
         records=records,
@@ -88,7 +88,7 @@ def compared_rows(truth, alone, shared, own, records=64, scarce=None, texts=None
             "shared": np.array(shared),
             "own": np.array(own),
         },
-        scarce=np.array(scarce or [False] * len(truth)),
+        known=np.array(known or [9] * len(truth)),
         choice={
             "alone_steps": 8,
             "own_steps": 4,
