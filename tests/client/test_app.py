@@ -1,10 +1,5 @@
 """What leaves an institution when it says no: a code, and nothing else."""
 
-import dataclasses
-import hashlib
-from collections import Counter
-from types import SimpleNamespace
-
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
@@ -12,12 +7,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 import fedlora
 from client import app
 from client.institution import Institution
-from fedlora import processors
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy.budget import plan_run
-from fedlora.runs import run_files
-from fedlora.wire import messages, wire
+from fedlora.wire import wire
 from fedlora.wire.messages import Query
 from simulation.engines.grid import identify
 from tests.samples import train_order
@@ -78,42 +71,6 @@ def test_a_server_of_another_version_is_refused_whatever_else_it_sends(
     assert _code(_ask(tiny_config(), content, kind, simulation=True)) == "version-mismatch"
 
 
-def test_outside_of_simulations_a_hello_states_the_code(tiny_config):
-    simulated = Institution.locate(tiny_config(**{"privacy.epsilon": "inf"}), 0)
-    query = Query(run="a1", first=True, participations=1)
-    assert simulated.hello(query).code == ""
-    deployed = dataclasses.replace(simulated, simulated=False)
-    assert deployed.hello(query).code == run_files.code() != ""
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_an_order_of_another_version_is_not_charged(ask_banks, together, tmp_path, monkeypatch):
-    from client.ledger import Ledger
-
-    def packed(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(fedlora, "__version__", "0.3.0")
-            return pack(*args)
-
-    pack = wire.pack_order
-    monkeypatch.setattr(wire, "pack_order", packed)
-    (reply,) = ask_banks("run", [(0, {})], together=together)
-    assert _code_of(reply) == "version-mismatch"
-    with Ledger.open(tmp_path / "run" / "ledgers" / "Alpha.db") as ledger:
-        assert ledger.runs() == ()
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_more_threads_than_a_worker_has_processors_are_refused(ask_banks, together, tmp_path):
-    from client.ledger import Ledger
-
-    many = {"engine.threads": processors.count() + 1}
-    (reply,) = ask_banks("run", [(0, {})], together=together, **many)
-    assert _code_of(reply) == "bad-configuration"
-    with Ledger.open(tmp_path / "run" / "ledgers" / "Alpha.db") as ledger:
-        assert ledger.show()["entries"] == []
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -133,27 +90,6 @@ def test_errors_leave_as_codes_and_their_text_stays(tiny_config, monkeypatch, er
     reply = _ask(tiny_config(), simulation=True)
     assert "secret" not in str(reply.content)
     assert _code(reply) == code
-
-
-def test_the_log_names_the_keys_of_the_settings_where_the_records_are_at_fault(caplog):
-    said = "data.label is 'utf-8', and the row's unit is no privacy.unit in /data/data.text"
-    bank = Institution.__new__(Institution)
-    for simulated in (False, True):
-        object.__setattr__(bank, "name", "bank")
-        object.__setattr__(bank, "simulated", simulated)
-        app._refusal(InputError(said), bank)
-    ours, simulation = (record.getMessage() for record in caplog.records)
-    assert ours.endswith(": label is 'utf-8', and the row's unit is no unit in /data/data.text")
-    assert simulation.endswith(said)
-
-
-def test_a_package_that_is_missing_is_named_in_the_log(tiny_config, monkeypatch, caplog):
-    def fail(*_):
-        raise ImportError("secret detail", name="bitsandbytes")
-
-    monkeypatch.setattr(Institution, "locate", fail)
-    assert _code(_ask(tiny_config(), simulation=True)) == "failed"
-    assert "(import of bitsandbytes)" in caplog.text and "secret" not in caplog.text
 
 
 def test_under_dp_an_order_that_asks_for_figures_is_refused(tiny_config):
@@ -199,22 +135,6 @@ def test_a_ledger_whose_delta_means_nothing_for_its_records_is_refused(tiny_conf
     Ledger.create(who.ledger_path, max_epsilon=8.0, delta=0.02)
     with pytest.raises(Refusal, match="ledger-delta"):
         who.open_ledger()
-
-
-def test_a_ledger_that_another_run_makes_at_the_same_moment_is_opened(tiny_config, monkeypatch):
-    from client import institution
-
-    who = Institution.locate(tiny_config(), 0)
-    first, second = institution.Ledger.create, []
-
-    def created_by_both(path, **limits):
-        first(path, **limits)
-        second.append(path)
-        first(path, **limits)
-
-    monkeypatch.setattr(institution.Ledger, "create", created_by_both)
-    with who.open_ledger(create=True) as ledger:
-        assert second == [who.ledger_path] and not ledger.runs()
 
 
 @pytest.fixture
@@ -281,23 +201,6 @@ def test_different_orders_in_one_call_are_each_followed(ask_banks):
     alone = ask_banks("alone", orders, together=False, **rolora)
     both = ask_banks("both", orders, together=True, **rolora)
     assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
-
-
-def test_an_order_is_parsed_and_hashed_once_a_call(ask_banks, monkeypatch):
-    counts = Counter()
-
-    def counted(name, function):
-        def call(*args):
-            counts[name] += 1
-            return function(*args)
-
-        return call
-
-    monkeypatch.setattr(wire, "_state", counted("parsed", wire._state))
-    digests = SimpleNamespace(sha256=counted("hashed", hashlib.sha256))
-    monkeypatch.setattr(messages, "hashlib", digests)
-    ask_banks("run", EVERYBODY, together=True)
-    assert counts == {"parsed": 1, "hashed": 1}
 
 
 def test_the_same_order_twice_in_one_call_gets_the_same_answer(ask_banks):

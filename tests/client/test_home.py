@@ -1,6 +1,5 @@
 """The models of an institution at home: which records choose, and what is kept and said of them."""
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -11,7 +10,6 @@ from client.institution import Institution
 from fedlora.data import records
 from fedlora.data.data import shard_of
 from fedlora.data.encoding import Encoded
-from fedlora.errors import InputError
 from fedlora.models import models, trainable
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy.streams import RandomSource
@@ -117,57 +115,11 @@ def test_trials_train_on_no_record_that_is_held_back_and_the_models_on_all(banks
     assert all(some.isdisjoint(held) for held in measured)
 
 
-def test_with_few_records_nothing_is_chosen(banks, monkeypatch):
-    institutions, order, work, _ = banks()
-    monkeypatch.setattr(home, "MIN_HELD_BACK", 10**6)
-    monkeypatch.setattr(home._Trainer, "errors", lambda *_: pytest.fail("measured"))
-    found = train(institutions[0], order, work)
-    assert (found.weight, found.keeps_alone, found.held_back) == (WEIGHTS[0], False, 0)
-
-
 def test_models_are_the_same_when_they_are_made_again_and_differ_between_institutions(banks):
     institutions, order, work, _ = banks()
     one, again, other = (train(institutions[i], order, work) for i in (0, 0, 1))
     assert same(one.alone, again.alone) and same(one.own, again.own)
     assert not same(one.alone, other.alone)
-
-
-def diverging(monkeypatch, number):
-    """Makes a training, by its number, give no numbers."""
-    calls, plain = [], home._Trainer.train
-
-    def broken(self, shard, start, source):
-        calls.append(len(shard))
-        found = plain(self, shard, start, source)
-        if len(calls) != number:
-            return found
-        return found.updated({name: t * np.nan for name, t in found.items()})
-
-    monkeypatch.setattr(home._Trainer, "train", broken)
-    monkeypatch.setattr(home, "MIN_HELD_BACK", 10**6)
-
-
-def test_a_model_alone_without_numbers_is_compared_with_nothing(banks, monkeypatch):
-    institutions, order, work, _ = banks()
-    diverging(monkeypatch, 1)
-    with pytest.raises(InputError, match=r"no finite values after 8 steps.*lower home\.steps"):
-        train(institutions[0], order, work)
-
-
-def test_a_training_that_ends_in_no_numbers_leaves_the_shared_adapter(banks, monkeypatch):
-    institutions, order, work, _ = banks()
-    diverging(monkeypatch, 2)
-    found = train(institutions[0], order, work)
-    assert found.weight == 0.0 and same(found.own, order.adapter)
-
-
-def test_local_parts_of_an_institution_are_where_its_own_model_starts(banks, monkeypatch):
-    institutions, order, work, _ = banks(**{"federation.strategy": "fedsa"})
-    kept = moved(work.start, 20).only(("B",))
-    institutions[0].local_parts("a1").store(1, kept)
-    shared = measurement.released(institutions[0], order)
-    assert same(shared.only(("B",)), kept)
-    assert same(shared.only(("A", "head")), order.adapter.only(("A", "head")))
 
 
 def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks):

@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import socket
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +15,13 @@ from client import app, config_policy, home_command, releases, settings
 from client.ledger import Ledger
 from client.local_parts import LocalParts
 from fedlora.config.config import UNRELEASED
-from fedlora.data import data, records
+from fedlora.data import data
 from fedlora.errors import InputError, Refusal
 from fedlora.models import trainable
 from fedlora.models.adapters import AdapterState
 from fedlora.models.model_files import ONE_INSTITUTION
-from fedlora.privacy.composition import Event
 from fedlora.runs import finished_run
-from fedlora.wire import released, wire
+from fedlora.wire import wire
 from fedlora.wire.messages import Release
 from simulation.engines.grid import identify
 from simulation.result import Result
@@ -203,29 +200,6 @@ def test_a_release_of_a_run_that_the_settings_forbid_is_not_stored(bank):
     assert _stored(made) == []
 
 
-def test_a_release_that_comes_again_replaces_the_first_one_and_the_oldest_go(bank, monkeypatch):
-    monkeypatch.setattr(releases, "MAX_RELEASES", 2)
-    made = bank()
-    release = made.release()
-    for run in ("a1", "a2", "a2", "a3"):
-        made.receive(dataclasses.replace(release, run=run))
-    assert _stored(made) == ["a2", "a3"]
-
-
-def test_a_release_that_was_being_replaced_when_the_node_was_killed_is_found(bank):
-    made = bank()
-    release = made.release()
-    made.receive(release)
-    stored = made.directory / "state" / "released"
-    (stored / RUN).rename(stored / f".old-{RUN}")
-    (stored / ".new-x").mkdir()
-    assert releases.Releases(made.directory / "state").find(RUN).run == RUN
-    made.receive(dataclasses.replace(release, run="another"))
-    assert releases.Releases(made.directory / "state").find(RUN).run == RUN
-    made.receive(release)
-    assert sorted(path.name for path in stored.iterdir()) == sorted([RUN, "another"])
-
-
 def test_a_released_adapter_has_the_parts_that_stayed_at_the_institution(bank):
     made = bank(**{"federation.strategy": "fedsa"})
     release = made.release()
@@ -283,79 +257,6 @@ def test_the_command_trains_compares_and_writes_own_and_sends_and_charges_nothin
     assert left == {"released", "home"}
 
 
-def test_flags_of_the_institution_win_over_the_wish_of_the_run(bank):
-    made = bank(**{"home.steps": 10**9, "home.method": "none"})
-    made.receive(made.release())
-    whole = made.result("--run", "first", "--steps", 4)
-    assert whole["origins"][1:] == [BEHIND]
-    wished = whole["choices"]
-    assert wished["steps"] == 4
-    out = made.directory / "other"
-    assert made.result("--run", "first", "--steps", 2, "--out", out)["choices"]["steps"] == 2
-
-
-def test_without_a_test_source_rows_are_held_back_and_the_command_says_so(bank):
-    made = bank()
-    made.receive(made.release())
-    made.set(test_source="")
-    said = made.home("--run", "first").stdout
-    assert "test-source" in said
-    result = json.loads((made.directory / "state" / "home" / "first" / "result.json").read_text())
-    rows = result["held_out"]["rows"]
-    assert result["held_out"]["from"] == "split" and 10 <= rows <= 20
-    assert result["records"] + rows <= 80
-
-
-def test_where_no_row_is_held_out_the_error_says_of_how_many(bank):
-    made = bank()
-    made.receive(made.release())
-    rows = (made.directory / "own.csv").read_text().splitlines(keepends=True)
-    (made.directory / "few.csv").write_text("".join([rows[0], *rows[6:9]]))
-    made.set(source="few.csv", test_source="")
-    said = made.refused("--run", "first")
-    assert "few.csv can be held out" in said
-
-
-def test_where_the_ledger_is_of_other_records_than_given_now_the_command_says_so(bank):
-    made = bank()
-    made.receive(made.release())
-    config = made.followed()
-    event = Event(noise_multiplier=1.0, sample_rate=0.5, steps=1)
-    with Ledger.open(made.directory / "ledger.db") as ledger:
-        ledger.bind(records.load(config).train(0).fingerprint, config.privacy.unit)
-        charge = {"round_number": 1, "order_digest": "00", "event": event}
-        ledger.charge(run_id=RUN, max_steps_of_run=1, **charge)
-    paying = made.result("--run", "first", "--out", made.directory / "one")
-    assert paying["held_out"]["from"] == "test-source"
-    rows = (made.directory / "own.csv").read_text().splitlines(keepends=True)
-    (made.directory / "fewer.csv").write_text("".join(rows[:60]))
-    (made.directory / "apart.csv").write_text("".join([rows[0], *rows[60:]]))
-    made.set(source="fewer.csv", test_source="apart.csv")
-    assert made.result("--run", "first")["held_out"]["from"] == "other-records"
-    (made.directory / "ledger.db").unlink()
-    again = made.result("--run", "first", "--out", made.directory / "two")
-    assert again["held_out"]["from"] == "no-ledger"
-
-
-def test_the_adapter_that_the_operator_hands_out_gives_the_same_models(bank, tmp_path):
-    made = bank()
-    release = made.release()
-    made.receive(release)
-    handed = tmp_path / "handed"
-    release.adapter.save(handed, made.work().model)
-    released.describe(handed, release, made.config.public())
-    arrived = made.result("--run", "first", "--out", tmp_path / "one")
-    given = made.result("--adapter", handed, "--out", tmp_path / "two")
-    changing = {"seconds", "directory"}
-    assert {k: v for k, v in arrived.items() if k not in changing} == {
-        k: v for k, v in given.items() if k not in changing
-    }
-    one, two = (AdapterState.open(tmp_path / name / "own") for name in ("one", "two"))
-    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
-    said = made.refused("--adapter", handed, "--run", "second")
-    assert "--run is 'second'" in said and "is of run first" in said
-
-
 def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
     made = bank()
     assert "there are: none" in made.refused("--run", "first")
@@ -369,79 +270,11 @@ def test_an_unknown_run_is_one_error_that_lists_the_known_runs(bank):
     assert "give the identity of one: a2, a3" in made.refused("--run", "second")
 
 
-def test_what_this_user_may_not_enter_is_one_line(bank, monkeypatch):
-    made = bank()
-    made.receive(made.release())
-
-    def closed(*_):
-        raise PermissionError(13, "Permission denied")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "iterdir", closed)
-        assert "run the command as the user" in made.refused("--run", "first")
-    monkeypatch.setattr(Path, "is_symlink", closed)
-    assert "cannot be read: Permission denied" in made.refused("--run", "first")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--steps", "0"), "--steps is 0; it must be at least 1"),
-        (("--adapter", "none"), "release.json cannot be read"),
-        (("--out", "."), "exists; give a path that does not exist"),
-        (("--out", "none/there"), "is no directory that can be written to"),
-    ],
-)
-def test_bad_arguments_of_the_command_are_one_line_and_nothing_is_written(bank, arguments, words):
-    made = bank()
-    made.receive(made.release())
-    run = () if "--adapter" in arguments else ("--run", "first")
-    assert words in made.refused(*run, *arguments)
-
-
-def test_a_damaged_adapter_or_another_base_is_one_line(bank):
-    made = bank()
-    made.receive(made.release())
-    place = made.directory / "state" / "released" / RUN
-    about = json.loads((place / "release.json").read_text())
-    (place / "release.json").write_text(json.dumps({**about, "base": "0" * 64}))
-    assert "is not the base that run first was trained on" in made.refused("--run", "first")
-    (place / "release.json").write_text(json.dumps(about))
-    (place / "adapter_model.safetensors").write_bytes(b"no")
-    assert "cannot be read" in made.refused("--run", "first")
-
-
 def test_a_run_that_the_settings_forbid_is_refused(bank):
     made = bank()
     made.receive(made.release())
     made.set(models=["another"])
     assert "model-not-allowed" in made.refused("--run", "first")
-
-
-def test_a_run_of_instruction_tuning_is_refused_by_its_task(bank):
-    made = bank(**{"model.task": "sft", "data.labels": "[]", "home.method": "none"})
-    made.set(labels=[])
-    found = SimpleNamespace(name="first", config=made.config.flat())
-    with pytest.raises(InputError, match="run first has the task sft; models at home"):
-        home_command._config(made.load(), home_command.Choices(run="first"), found)
-
-
-def test_a_strategy_with_residuals_gives_models_too(bank):
-    whole = {"federation.server-optimizer": "none", "federation.server-learning-rate": 1.0}
-    made = bank(**{"federation.strategy": "exact", **whole})
-    work = made.work()
-    layers = work.start.layers()
-    torch.manual_seed(1)
-    residual = {}
-    for path, layer in layers.items():
-        pair = (
-            0.05 * torch.randn(3, layer.a.shape[1]),
-            0.05 * torch.randn(layer.b.shape[0], 3),
-        )
-        residual |= layer._replace(residual=pair).named(path)
-    made.receive(made.release(adapter=made.adapter().updated(residual)))
-    result = made.result("--run", "first")
-    assert result["own"]["accuracy"] > 0
 
 
 def test_predict_evaluate_and_merge_take_the_directory_and_use_the_own_model(bank):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger_file
 from client.ledger import Ledger
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy.composition import Event, epsilon
@@ -163,31 +162,6 @@ def test_an_answered_round_answers_no_other_order(path: Path) -> None:
         assert refused(ledger.store_answer, *other) == "round-already-answered"
 
 
-def test_old_runs_answers_are_dropped_so_that_no_server_fills_the_disk(path: Path) -> None:
-    cheap = dataclasses.replace(STEP, noise_multiplier=50.0)
-    with Ledger.open(path) as ledger:
-        for number in range(23):
-            run = f"run{number}"
-            charge(ledger, run_id=run, event=cheap)
-            ledger.store_answer(run, 1, "order", b"answer")
-        for number in (0, 1, 2):
-            again = refused(charge, ledger, run_id=f"run{number}", event=cheap)
-            assert again == "round-already-answered"
-        for number in (3, 22):
-            assert charge(ledger, run_id=f"run{number}", event=cheap).answer == b"answer"
-        assert len(ledger.show()["entries"]) == 23  # what was spent stays
-
-
-def test_the_answers_of_earlier_rounds_are_dropped_and_not_made_again(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        for round in (1, 2):
-            charge(ledger, round)
-            ledger.store_answer("run", round, "order", b"update %d" % round)
-        assert charge(ledger, 2).answer == b"update 2"
-        assert refused(charge, ledger, 1) == "round-already-answered"
-        assert refused(charge, ledger, 1, digest="other order") == "round-already-answered"
-
-
 def test_a_closed_round_is_answered_for_one_order_and_one_set_of_survivors(path: Path) -> None:
     survivors, digest = ("a", "b", "c"), bytes(range(32))
     with Ledger.open(path) as ledger:
@@ -207,22 +181,6 @@ def test_a_closed_round_is_answered_for_one_order_and_one_set_of_survivors(path:
         assert refused(ledger.close_round, "run", 2, digest, survivors) == "round-not-charged"
 
 
-def test_keys_of_rounds_that_nobody_unmasks_go_with_the_next_round_or_the_run(path: Path) -> None:
-    """An institution that the server does not ask for its shares learns of no unmasking."""
-    share = dataclasses.replace(STEP, shares=3)
-    with Ledger.open(path) as ledger:
-        first = charge(ledger, 1, event=share).key
-        local = charge(ledger, 1, run_id="other").key
-        second = charge(ledger, 2, event=share).key
-        assert refused(charge, ledger, 1, event=share) == "round-already-answered"
-    assert first not in path.read_bytes()
-    assert second in path.read_bytes()
-    with Ledger.open(path) as ledger:
-        ledger.end_run("run")
-        assert charge(ledger, 1, run_id="other").key == local
-    assert second not in path.read_bytes()
-
-
 def test_under_secure_aggregation_a_round_is_charged_once(path: Path) -> None:
     """Two names on one ledger would bring the same records into a sum twice."""
     share = dataclasses.replace(STEP, shares=3)
@@ -234,11 +192,6 @@ def test_under_secure_aggregation_a_round_is_charged_once(path: Path) -> None:
         charge(ledger, digest="one name", run_id="local")
         charge(ledger, digest="other name", run_id="local")  # each has noise of its own
         assert ledger.history("local") == (dataclasses.replace(STEP, steps=2 * STEP.steps),)
-
-
-def test_an_answer_without_a_charge_is_a_programming_error(path: Path) -> None:
-    with Ledger.open(path) as ledger, pytest.raises(ValueError, match="never charged"):
-        ledger.store_answer("run", 1, "order", b"update")
 
 
 def test_an_interrupted_order_runs_again_under_its_key_and_another_order_does_not(path) -> None:
@@ -297,21 +250,6 @@ def test_a_wiped_key_is_gone_while_another_program_has_the_ledger_open(
         assert key not in on_disk(path)
 
 
-def test_opening_a_ledger_does_not_wait_for_a_charge_of_another_process(path: Path) -> None:
-    with idle_connection(path) as writer:
-        writer.execute("BEGIN IMMEDIATE")
-        began = time.monotonic()
-        Ledger.open(path).close()
-        assert time.monotonic() - began < ledger_file.BUSY_SECONDS / 2
-
-
-def test_a_simulation_may_bring_its_own_key(path: Path) -> None:
-    key = RandomSource.seeded("privacy", 1, 1, "bank").key
-    with Ledger.open(path) as ledger:
-        assert charge(ledger, key=key).key == key
-        assert charge(ledger, 2).key != charge(ledger, 3).key
-
-
 def test_a_ledger_belongs_to_the_first_records_and_unit_it_is_bound_to(path: Path) -> None:
     with Ledger.open(path) as ledger:
         ledger.bind("f" * 64, "record")
@@ -339,46 +277,6 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     assert refused(Ledger.open, tmp_path / "other.db") == "ledger-foreign"
     (tmp_path / "empty.db").touch()
     assert refused(Ledger.open, tmp_path / "empty.db") == "ledger-foreign"
-
-
-def test_a_truncated_ledger_is_corrupt(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        charge(ledger)
-    path.write_bytes(path.read_bytes()[:-4096])
-    assert refused(Ledger.open, path) == "ledger-corrupt"
-
-
-def test_a_ledger_that_stays_locked_is_refused(path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ledger_file, "BUSY_SECONDS", 0.05)
-    with Ledger.open(path) as ledger:
-        holder = sqlite3.connect(path, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
-        assert refused(charge, ledger) == "ledger-locked"
-        holder.execute("ROLLBACK")
-        holder.close()
-        charge(ledger)
-
-
-def test_show_tells_each_entry_and_the_total(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        charge(ledger)
-        ledger.store_answer("run", 1, "order", b"update")
-        charge(ledger, 2)
-        shown = ledger.show()
-        assert shown["epsilon"] == ledger.spent() == epsilon([steps(2)], DELTA)
-    assert (shown["delta"], shown["limit"]) == (DELTA, limit_for(5))
-    assert (shown["unit"], shown["fingerprint"]) == ("record", "f" * 64)
-    assert [entry["answered"] for entry in shown["entries"]] == [True, False]
-    assert shown["entries"][0] | {"at": ""} == {
-        "run": "run",
-        "round": 1,
-        "noise_multiplier": 2.0,
-        "sample_rate": 0.25,
-        "steps": 1,
-        "shares": 0,
-        "at": "",
-        "answered": True,
-    }
 
 
 def play_round(path: Path, out: Path, die_at: str) -> None:
@@ -494,21 +392,3 @@ def test_two_processes_racing_on_one_ledger_spend_its_budget_and_no_more(tmp_pat
     assert sum(paid for paid, _ in outcomes) == 30
     with Ledger.open(path) as ledger:
         assert ledger.history() == (steps(30),)
-
-
-@forks
-def test_opening_a_ledger_while_another_process_writes_finds_no_fault(tmp_path: Path) -> None:
-    path = new(tmp_path / "x.db", limit_for(200))
-    everything = (steps(200),)
-    epsilon(everything, DELTA)
-
-    def spend() -> None:
-        with Ledger.open(path) as ledger:
-            for round in range(150):
-                charge(ledger, round, max_steps_of_run=200)
-
-    child = multiprocessing.get_context("fork").Process(target=spend)
-    child.start()
-    while child.is_alive():
-        Ledger.open(path).close()
-    assert child.exitcode == 0

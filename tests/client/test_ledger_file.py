@@ -1,7 +1,6 @@
 """A ledger's file: damage, edits by hand, and who else may write to it."""
 
 import contextlib
-import os
 import random
 import sqlite3
 from dataclasses import replace
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger_file
 from client.ledger import Ledger
-from fedlora import files
 from fedlora.errors import InputError, Refusal
 from fedlora.privacy.composition import Event
 
@@ -164,30 +161,6 @@ def test_an_edit_while_a_ledger_is_open_is_not_sealed_by_the_next_charge(path: P
         Ledger.open(path)
 
 
-def test_what_is_read_and_not_changed_writes_nothing(path: Path) -> None:
-    before = path.read_bytes()
-    read(path)
-    assert path.read_bytes() == before
-
-
-def test_a_ledger_that_may_only_be_read_is_shown_and_not_charged(path: Path) -> None:
-    with Ledger.open(path) as ledger:
-        expected = ledger.show()
-        ledger._connection.execute("PRAGMA query_only=ON")  # a mode does not stop root
-        assert ledger.show() == expected
-        with pytest.raises(Refusal, match="ledger-unusable"):
-            charge(ledger, "third", 2)
-
-
-def test_a_ledger_of_another_version_is_left_as_it_is(path: Path) -> None:
-    for other in (ledger_file.LEDGER.version - 1, ledger_file.LEDGER.version + 1):
-        edit(path, f"PRAGMA user_version={other}")
-        whole = path.read_bytes()
-        with pytest.raises(Refusal, match="ledger-foreign"):
-            Ledger.open(path)
-        assert path.read_bytes() == whole
-
-
 def test_shares_of_noise_are_sealed_and_count_in_both_totals(path: Path) -> None:
     shared = Event(noise_multiplier=4.0, sample_rate=0.25, steps=1, shares=4)
     with Ledger.open(path) as ledger:
@@ -237,28 +210,3 @@ def test_a_ledger_that_others_may_write_is_not_used(path: Path, mode: int) -> No
     path.chmod(mode)
     with pytest.raises(Refusal, match=rf"ledger-exposed: .*bank\.db .*mode {mode:o}.*chmod go-w"):
         Ledger.open(path)
-
-
-def test_a_link_to_a_ledger_is_as_safe_as_the_directory_it_leads_to(path: Path) -> None:
-    (path.parent / "links").mkdir(mode=0o700)
-    link = path.parent / "links" / "bank.db"
-    link.symlink_to(path)
-    assert files.exposed(link) == ""
-    path.parent.chmod(0o777)
-    assert f"{path.parent} may be written by others" in files.exposed(link)
-    path.parent.chmod(0o700)
-
-
-def test_a_file_of_another_user_is_named_with_its_remedy(path: Path, monkeypatch) -> None:
-    if os.geteuid() == 0:
-        os.chown(path, 4321, -1)
-        os.chown(path.parent, 5555, -1)
-        monkeypatch.setattr(os, "geteuid", lambda: 5555)
-        owner, me = 4321, 5555
-    else:
-        owner, me = os.geteuid(), 5555
-        monkeypatch.setattr(os, "geteuid", lambda: me)
-    with pytest.raises(Refusal, match=f"belongs to user {owner}, not to user {me} .*chown {me}"):
-        Ledger.open(path)
-    monkeypatch.setattr(os, "geteuid", lambda: 0)  # root acts for others
-    assert files.exposed(path) == ""

@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,14 +16,12 @@ from client.settings import Settings
 from fedlora.config.config import from_flat
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.data import records
-from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
 from fedlora.models import adapters, trainable
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy import accounting, composition
 from fedlora.privacy.budget import plan_run
 from fedlora.secure import noise_shares
-from fedlora.wire import wire
 from tests.samples import train_order
 
 ALL = adapters.PARTS
@@ -56,14 +52,6 @@ def _refused(who, order):
     with Ledger.open(who.ledger_path) as ledger:
         assert not ledger.show()["entries"]
     return getattr(caught.value, "code", "bad-configuration")
-
-
-def test_a_later_round_reads_no_records_to_know_them(bank, monkeypatch):
-    who, _, order = bank()
-    who.plan_round(order).ledger.close()
-    monkeypatch.setattr(Shard, "records", None)
-    with who.plan_round(order) as planned:
-        assert planned.ledger.is_bound(planned.shard.fingerprint, "record")
 
 
 def test_a_round_that_ran_out_of_memory_is_tried_with_a_smaller_batch_and_charged_once(
@@ -190,29 +178,6 @@ def test_only_the_very_parts_of_strategy_and_round_are_accepted(
     assert accepted(proper) == numbers
 
 
-def test_ledgers_below_the_home_directory_are_one_place_for_every_run(tiny_config, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/of/tests")
-    who = Institution.locate(tiny_config(**{"privacy.ledger": "~/ledgers"}), 0)
-    assert who.ledger_path == Path("/home/of/tests/ledgers", f"{who.name}.db")
-
-
-@pytest.mark.parametrize("participations", [-5, 0, 4, 10**9])
-def test_a_query_for_rounds_that_the_run_does_not_have_is_not_planned_for(bank, participations):
-    _, config, _ = bank()
-    with pytest.raises(InputError, match=rf"is asked is {participations}; it must be from 1 to"):
-        plan_run(config, 100, participations)
-
-
-@pytest.mark.parametrize("field", ["report", "parts", "kept"])
-@pytest.mark.parametrize("value", ["A", 3, [1, 2], [b"A"], ["A"] * 17, ["A" * 1001], True])
-def test_what_is_no_list_of_names_is_a_malformed_order(bank, field, value):
-    _, _, order = bank()
-    content = wire.pack_order(order, wire.pack_adapter(order.adapter))
-    content["order"] = ConfigRecord({**content["order"], field: value})
-    with pytest.raises(Refusal, match=f"malformed-message: TrainOrder.{field}"):
-        wire.unpack_order(content)
-
-
 # What a server chooses, and what it means at the ledger's delta.
 
 
@@ -315,13 +280,3 @@ def test_the_settings_decide_about_secure_aggregation(tmp_path):
     run = config_policy.apply(dataclasses.replace(own, secure_aggregation=True), asked)
     with_limit = dataclasses.replace(own, max_alone_epsilon=3.0)
     assert Institution.deployed(with_limit, run).max_alone_epsilon == 3.0
-
-
-def test_an_institution_without_classes_never_takes_them_from_its_records(tmp_path):
-    """A prompt that names the classes would carry one record's label to every row."""
-    own = Settings(name="a", source="r.jsonl", ledger="l.db", state=str(tmp_path), models=("m",))
-    asked = {"data.source": "institutions", "data.institutions": 2, "model.name": "m"}
-    assert config_policy.apply(own, asked | {"model.task": "sft"}).model.task == "sft"
-    with pytest.raises(Refusal) as refused:
-        config_policy.apply(own, asked | {"model.task": "classification"})
-    assert refused.value.code == "other-labels"

@@ -1,7 +1,5 @@
 """Packed rows with responses: each gradient is exact, and to the last bit its own."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -144,46 +142,6 @@ def test_products_with_the_base_have_few_sizes_whatever_is_drawn(config, tmp_pat
         with _Rows() as seen:
             gradients(work, shard, drawn, 8)
         assert seen.found == {PART, passes.packed_tokens(work, 8)}
-
-
-def test_a_response_without_a_token_ends_no_step_and_changes_no_other(model):
-    work = load(model)
-    shard = rows(work)
-    targets = np.where(np.arange(len(shard)) == 2, shard.lengths, shard.targets)
-    empty = dataclasses.replace(shard, corpus=dataclasses.replace(shard.corpus, targets=targets))
-    every = gradients(work, shard, range(9), 8)
-    for drawn in ([2], [0, 2, 5]):
-        for row, gradient in gradients(work, empty, drawn, 8).items():
-            assert not gradient.any() if row == 2 else torch.equal(gradient, every[row])
-
-
-@pytest.mark.parametrize("physical", [1, 4, 64])
-def test_plain_passes_give_each_response_its_own_loss(model, physical):
-    work = load(model)
-    shard = rows(work)
-    packed, padded = (
-        torch.cat(
-            [
-                losses.detach()
-                for losses in passes.plain_passes(
-                    each, shard, np.arange(len(shard)), physical, dropout
-                )
-            ]
-        )
-        for each in (work, dataclasses.replace(work, first_position=None))
-    )
-    torch.testing.assert_close(packed.sort().values, padded.sort().values, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "output", [torch.nn.Linear(32, families.WORDS), None], ids=["other", "none"]
-)
-def test_a_model_whose_logits_come_from_elsewhere_takes_padded_rows(model, output, monkeypatch):
-    """Products of one size cannot be assured there."""
-    work = load(model)
-    monkeypatch.setattr(work.base.model, "get_output_embeddings", lambda: output)
-    found = exactness.examine(work.model, work.per_sample, work.task, ())
-    assert found == exactness.Verdict(flaw="", first_position=None)
 
 
 def test_an_example_whose_logits_see_another_makes_responses_padded(model):

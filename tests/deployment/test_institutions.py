@@ -8,19 +8,17 @@ import pytest
 import torch
 
 import server.app
-from client import config_policy, measurement, settings
-from client.institution import Institution
+from client import config_policy, settings
 from client.ledger import Ledger
 from client.releases import Releases
-from deployment import setup
 from fedlora.config.sections import INSTITUTIONS
-from fedlora.errors import InputError, Refusal
+from fedlora.errors import InputError
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy.budget import plan_run
 from fedlora.runs.run_files import SIZES, read_records
 from fedlora.wire import wire
 from fedlora.wire.released import ReleaseFiles
-from server import aggregation, binding, roster, rounds, verification
+from server import aggregation, roster, rounds
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
@@ -53,21 +51,6 @@ def test_a_deployment_gives_the_very_adapter_of_the_simulation(
     )
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert result["accuracy"] == other["accuracy"]
-
-
-def test_the_server_signs_the_promise_with_its_own_key(
-    deployed, institutions, tmp_path, monkeypatch
-):
-    setup.make(tmp_path / "federation", ["a"], host="localhost", port=8443)
-    keys = tmp_path / "federation" / "server" / "keys"
-    monkeypatch.setenv(binding.KEYS, str(keys))
-    config = deployed(**{"federation.rounds": 1})
-    _run(config, institutions())
-    checks = {c.name: c for c in verification.verify(Path(config.run_dir), keys / "ca.crt")}
-    assert {name for name, check in checks.items() if check.state != "ok"} == set()
-    assert "a deployment" in checks["run"].detail
-    assert "stayed at the institutions" in checks["records"].detail
-    assert not (Path(config.run_dir) / binding.RECORDS_KEY).exists()
 
 
 def test_under_dp_each_ledger_is_charged_and_nothing_but_adapters_leaves(
@@ -129,41 +112,6 @@ def test_an_institution_that_is_offline_or_refuses_at_the_end_is_named_and_ends_
     assert not (rows / "Beta" / "state" / "released").exists()
 
 
-def test_a_run_of_which_only_the_results_are_missing_needs_no_institution(
-    deployed, institutions, monkeypatch
-):
-    config, files = deployed(), institutions()
-
-    def full(self):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Federation, "finish", full)
-        with pytest.raises(OSError, match="No space left"):
-            _run(config, files)
-    monkeypatch.setattr(roster, "NODES_TIMEOUT", 0.0)
-    result = _run(config, [])
-    assert result["rounds"] == 3 and "accuracy" in result
-    assert result["released"] == dict.fromkeys(BANKS, "offline")
-
-
-def test_without_rows_of_its_own_the_server_measures_nothing(deployed, institutions):
-    result = _run(deployed(**{"data.test-source": ""}), institutions())
-    assert "accuracy" not in result and result["rounds"] == 3
-
-
-def test_no_institution_is_asked_for_figures_of_its_own_adapter(
-    deployed, institutions, monkeypatch
-):
-    files, asked = institutions(), []
-    for file in files:
-        file.write_text(file.read_text().replace('"svd"', '"fedsa"'))
-    monkeypatch.setattr(measurement, "evaluate", lambda who, order: asked.append(who.name))
-    result = _run(deployed(**{"federation.strategy": "fedsa"}), files)
-    assert result["released"] == dict.fromkeys(BANKS, "stored")
-    assert not asked and "not_evaluated" not in result and result["institutions"] == {}
-
-
 @pytest.mark.parametrize(
     ("own", "values", "code"),
     [
@@ -202,27 +150,6 @@ def test_what_the_settings_forbid_is_refused_before_anything_is_trained_or_spent
     assert not (Path(config.run_dir) / "rounds.jsonl").exists()
 
 
-def test_the_federation_goes_on_without_one_that_refuses(deployed, institutions):
-    config = deployed()
-    _run(config, institutions("Beta", models='["another"]'))
-    asked = [set(r["institutions"]) for r in read_records(Path(config.run_dir))]
-    assert asked == [{"Alpha", "Delta", "Gamma"}] * 3
-
-
-def test_a_configuration_cannot_name_an_institutions_data(tiny_config, institutions):
-    own = settings.load(str(institutions()[0]))
-    with pytest.raises(Refusal, match="other-data"):
-        config_policy.apply(own, tiny_config().flat())
-
-
-def test_a_machine_without_settings_refuses(deployed, institutions):
-    grid = Remote(institutions(), deployed().flat())
-    for context in grid._contexts.values():
-        context.node_config.clear()
-    with pytest.raises(RunFailed, match="no-settings x 4"):
-        run_server(server.app.app, grid, deployed().flat())
-
-
 def test_settings_that_others_could_change_are_refused(institutions):
     file = institutions()[0]
     link = file.with_name("link.toml")
@@ -241,52 +168,6 @@ def test_settings_that_others_could_change_are_refused(institutions):
     file.parent.chmod(0o700)
     with pytest.raises(InputError, match="cannot be read"):
         settings.load(str(file.with_name("none.toml")))
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("own.csv", "HERE/own.csv"),
-        ("OWN.CSV", "HERE/OWN.CSV"),
-        ("records", "HERE/records"),
-        ("records/*.jsonl", "HERE/records/*.jsonl"),
-        ("/data/own.csv", "/data/own.csv"),
-        ("~/own.csv", "HOME/own.csv"),
-        ("package:bank/own.csv", None),
-        ("python:bank.records:own", None),
-        ("hub:bank/own", None),
-        ("memory:0", None),
-    ],
-)
-def test_records_are_found_from_the_settings_file_wherever_the_node_was_started(
-    institutions, monkeypatch, source, found
-):
-    monkeypatch.setenv("HOME", "/home/bank")
-    (file, *_) = institutions("Alpha", source=f'"{source}"', test_source=f'"{source}"')
-    own = settings.load(str(file))
-    made = (found or source).replace("HERE", str(file.parent)).replace("HOME", "/home/bank")
-    assert (own.source, own.test_source) == (made, made)
-
-
-def test_each_path_of_the_settings_may_begin_with_the_home_directory(institutions, monkeypatch):
-    paths = {key: f'"~/{key}"' for key in ("ledger", "state", "ca", "key", "peers")}
-    (file, *_) = institutions("Alpha", **paths)
-    monkeypatch.setenv("HOME", "/home/bank")
-    own = settings.load(str(file))
-    assert {key: getattr(own, key) for key in paths} == {key: f"/home/bank/{key}" for key in paths}
-
-
-@pytest.mark.parametrize("gateway", ["10.0.0.1:8443", "[fe80::1]:8443", "super_link:1", "b:65535"])
-def test_a_gateway_is_a_host_or_an_address_with_a_port(institutions, gateway):
-    (file, *_) = institutions("Alpha", gateway=f'"{gateway}"')
-    assert settings.load(str(file)).gateway == gateway
-
-
-def test_a_node_that_must_use_a_gpu_does_not_train_without_one(deployed, institutions, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    own = settings.load(str(institutions("Alpha", gpu="true")[0]))
-    with pytest.raises(InputError, match="gpu is true, but torch finds no GPU here"):
-        Institution.deployed(own, config_policy.apply(own, deployed().flat()))
 
 
 @pytest.mark.parametrize(
@@ -318,11 +199,6 @@ def test_bad_settings_get_one_clear_line(institutions, line, message):
     with pytest.raises(InputError) as caught:
         settings.load(str(file))
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_deployment_is_no_simulation(deployed, simulate_run):
-    with pytest.raises(InputError, match="to simulate, name the records"):
-        simulate_run(deployed())
 
 
 def test_a_deployment_must_say_what_nobody_can_count(tiny_config):

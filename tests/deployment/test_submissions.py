@@ -1,22 +1,15 @@
 """Submissions against a SuperLink that is a dictionary: what is true, and what goes on."""
 
-import contextlib
-import dataclasses
 import json
-import shutil
-import socket
 import time
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from flwr.proto.control_pb2 import ListRunsResponse
-from flwr.proto.run_pb2 import Run, RunStatus
 from typer.testing import CliRunner
 
 from cli.main import app
-from deployment import keys, server, submissions, superlink_client
-from deployment.errors import FileError, FlowerError, Unanswered
+from deployment import server, submissions, superlink_client
+from deployment.errors import FlowerError, Unanswered
 from fedlora.config import config
 from fedlora.errors import InputError
 
@@ -113,31 +106,6 @@ def test_a_submission_carries_the_whole_configuration_and_its_directory(here, li
     assert made.state == "running"
 
 
-def test_the_tracking_section_stays_at_the_server_and_its_app_finds_it(here, link, deployed):
-    from server import run_directory
-
-    tracked = deployed.replace(
-        {"tracking.mlflow": "http://inside:5000", "tracking.tensorboard": "t"}
-    )
-    made = submissions.submit(here, tracked, "one")
-    (sent,) = link.configs
-    assert not any(key.startswith("tracking.") for key in sent)
-    found = run_directory.with_tracking(config.from_context(sent, run_id=1))
-    assert found.tracking == tracked.tracking and found.flat() == made.config
-
-
-def test_the_directory_of_a_submission_is_free_for_the_run(here, link, deployed):
-    from server.run_directory import RunDirectory
-
-    made = submissions.submit(here, deployed, "one")
-    for name in ("submission.json", "config.toml"):
-        (made.directory / f".{name}.k1ll3d").touch()  # what a kill leaves of a write
-    assert RunDirectory(made.directory).check(config.from_flat(made.config)) is False
-    (made.directory / ".other").touch()
-    with pytest.raises(InputError, match="holds other files"):
-        RunDirectory(made.directory).check(config.from_flat(made.config))
-
-
 def test_what_the_superlink_does_not_take_leaves_nothing(here, link, deployed):
     link.broken = FlowerError("the SuperLink is away")
     with pytest.raises(FlowerError):
@@ -169,69 +137,6 @@ def test_a_submission_without_an_answer_is_made_when_the_superlink_has_none(here
     submissions.submit(here, deployed, "other")
     assert len(_pass(here)) == 1
     assert submissions.find(here, "one").runs == ("2",)
-
-
-def test_stopping_a_submission_without_an_answer_stops_its_run(here, link, deployed):
-    link.silent = Unanswered("ReadTimeout")
-    with pytest.raises(Unanswered):
-        submissions.submit(here, deployed, "one")
-    assert submissions.stop(here, "one").state == "stopped"
-    assert link.runs == {"1": ("finished:stopped", "")}
-
-
-@pytest.mark.parametrize("result", [True, False])
-def test_a_run_that_ends_just_before_it_is_stopped_keeps_its_end(
-    here, link, deployed, monkeypatch, result
-):
-    made = submissions.submit(here, deployed, "one")
-
-    def stop(server, run):
-        _finish(made, link, result=result)  # and stopping an ended run does nothing
-
-    monkeypatch.setattr(superlink_client, "stop", stop)
-    state = "completed" if result else "failed"
-    assert submissions.stop(here, "one").state == state
-    assert submissions.find(here, "one").state == state
-
-
-@pytest.mark.parametrize(
-    ("code", "body", "kind"),
-    [
-        (None, "", Unanswered),  # it hangs up
-        (500, '{"detail": "x"}', Unanswered),
-        (412, '{"detail": "x"}', FlowerError),
-        (401, "", FlowerError),
-    ],
-)
-def test_an_error_says_whether_the_superlink_may_have_done_it(here, code, body, kind):
-    here.ca.write_bytes(keys.make_authority().pem)
-    request = httpx.Request("POST", "https://x")
-    error = httpx.ReadTimeout("x", request=request)
-    if code:
-        error = httpx.HTTPStatusError(
-            "x", request=request, response=httpx.Response(code, text=body)
-        )
-    with pytest.raises(FlowerError) as caught, superlink_client._superlink(here):
-        raise error
-    assert type(caught.value) is kind
-
-
-def test_a_superlink_that_is_not_there_has_done_nothing(tmp_path, here):
-    authority = keys.make_authority()
-    here.ca.write_bytes(authority.pem)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        away = dataclasses.replace(here, superlink=f"127.0.0.1:{closed.getsockname()[1]}")
-        with pytest.raises(FlowerError) as caught:
-            superlink_client.unfinished(away, "x")
-    assert type(caught.value) is FlowerError
-
-
-@pytest.mark.parametrize("name", ["../x", "", "a b", ".x"])
-def test_a_name_is_no_path(here, link, deployed, name):
-    with pytest.raises(InputError, match="--name"):
-        submissions.submit(here, deployed, name)
-    assert not link.runs
 
 
 def test_a_simulations_configuration_and_a_taken_name_are_refused(here, link, deployed):
@@ -287,74 +192,6 @@ def test_a_run_whose_server_died_goes_on_in_the_same_directory(here, link, deplo
     assert made.directory == again.directory
 
 
-@pytest.mark.parametrize("error", [Unanswered("500"), OSError(28, "No space left on device")])
-@pytest.mark.parametrize("made", [True, False])
-def test_a_continuation_that_fails_once_is_made_in_the_next_pass(here, link, deployed, error, made):
-    submissions.submit(here, deployed, "one")
-    link.silent, link.broken = (error, None) if made else (None, error)
-    _pass(here, since=time.monotonic() - 9)
-    assert link.runs["1"] == ("running", "")
-    link.silent = link.broken = None
-    (line,) = _pass(here, since=time.monotonic() - 9)
-    assert line == "one continues after round 0 as Flower's run 2"
-    assert link.runs == {"1": ("finished:stopped", ""), "2": ("running", "")}
-    found = submissions.find(here, "one")
-    assert (found.state, found.runs) == ("running", ("1", "2"))
-
-
-@pytest.mark.parametrize("unstopped", ["1", "2"])
-def test_a_stop_that_fails_for_one_of_two_runs_can_be_repeated(
-    here, link, deployed, monkeypatch, unstopped
-):
-    submissions.submit(here, deployed, "one")
-    link.silent = Unanswered("500")
-    _pass(here, since=time.monotonic() - 9)
-
-    def fails(server, run):
-        if run == unstopped:
-            raise Unanswered("500")
-        link.stop(server, run)
-
-    with monkeypatch.context() as patched, pytest.raises(Unanswered):
-        patched.setattr(superlink_client, "stop", fails)
-        submissions.stop(here, "one")
-    assert submissions.stop(here, "one").state == "stopped"
-    assert {status for status, _ in link.runs.values()} == {"finished:stopped"}
-
-
-def test_a_run_that_begins_as_the_server_starts_is_started_once(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    for status in ("pending", "starting", "running"):
-        link.runs["1"] = (status, "")
-        assert _pass(here, since=time.monotonic() - 11) == []
-    assert list(link.runs) == ["1"]
-
-
-def test_a_run_is_as_old_as_the_superlink_says(here, monkeypatch):
-    found = Run(status=RunStatus(status="running"), starting_at="2026-01-01T10:00:00+00:00")
-    said = ListRunsResponse(run_dict={7: found}, now="2026-01-01T10:00:02.500000+00:00")
-    link = SimpleNamespace(ListRuns=lambda request: said)
-    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(link))
-    assert superlink_client.status(here, "7") == ("running", "", 2.5)
-    found.starting_at = ""
-    said = ListRunsResponse(run_dict={7: found}, now=said.now)
-    assert superlink_client.status(here, "7")[2] == 0
-    assert superlink_client.status(here, "8")[0] == "unknown"
-
-
-def test_a_run_that_never_gets_on_is_given_up(here, link, deployed):
-    made = submissions.submit(here, deployed, "one")
-    lost = ("finished:failed", submissions.INTERRUPTED[0])
-    for number in range(1, 20):
-        link.runs[submissions.find(here, "one").runs[-1]] = lost
-        if number == 3:
-            _round(made, 1)
-        _pass(here)
-    found = submissions.find(here, "one")
-    assert found.state == "failed"
-    assert len(found.runs) == 3 + submissions.MAX_TRIES  # a new round counts anew
-
-
 def test_a_stopped_run_stays_stopped(here, link, deployed):
     submissions.submit(here, deployed, "one")
     assert submissions.stop(here, "one").state == "stopped"
@@ -362,80 +199,8 @@ def test_a_stopped_run_stays_stopped(here, link, deployed):
     assert link.runs == {"1": ("finished:stopped", "")}
 
 
-def test_resuming_without_the_superlink_changes_nothing(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    stopped = submissions.stop(here, "one")
-    link.broken = FlowerError("away")
-    with pytest.raises(FlowerError):
-        submissions.submit(here, deployed, "one")
-    assert submissions.find(here, "one") == stopped
-
-
-@pytest.mark.parametrize(
-    "error", [Unanswered("no answer"), KeyboardInterrupt(), OSError(28, "No space left on device")]
-)
-@pytest.mark.parametrize("made", [True, False])
-def test_a_resumed_run_without_an_answer_is_seen_and_goes_on(here, link, deployed, error, made):
-    submissions.submit(here, deployed, "one")
-    submissions.stop(here, "one")
-    link.silent, link.broken = (error, None) if made else (None, error)
-    with pytest.raises((Unanswered, KeyboardInterrupt, OSError)):
-        submissions.submit(here, deployed, "one")
-    link.silent = link.broken = None
-    assert submissions.observe(here, "one").state == "running"
-    assert len(_pass(here, since=time.monotonic())) == 1
-    found = submissions.find(here, "one")
-    assert (found.state, found.runs[-1]) == ("running", "2")
-    assert list(link.runs) == ["1", "2"]
-    assert link.runs["2"] == ("running", "")
-
-
-BAD_RECORDS = {
-    "empty": "",
-    "torn": '{"name": "on',
-    "a list": "[]",
-    "without keys": "{}",
-    "of a later version": '{"runs": [], "later": 1}',
-    "nested": "[" * 100_000,
-    "a directory": None,
-}
-
-
-@pytest.fixture(params=BAD_RECORDS.values(), ids=BAD_RECORDS)
-def bad(request, here, link, deployed):
-    """The record of submission "one", which cannot be read; beside it is submission "two"."""
-    for name in ("one", "two"):
-        submissions.submit(here, deployed, name)
-    file = here.results / "one" / "submission.json"
-    file.unlink()
-    file.mkdir() if request.param is None else file.write_text(request.param)
-    return file
-
-
-def test_a_record_that_cannot_be_read_waits_is_kept_and_holds_up_no_other(here, link, bad):
-    before = None if bad.is_dir() else bad.read_text()
-    for _ in range(2):
-        actions, waiting = submissions.proceed(here, since=time.monotonic() - 9)
-        assert [line.partition(" after")[0] for line in actions] == ["two continues"]
-        assert list(waiting) == ["one"] and str(bad) in waiting["one"]
-    # its run is neither stopped nor started again, and its record stays as it is
-    assert link.runs["1"] == ("running", "")
-    assert all(sent["run-dir"].endswith("two") for sent in link.configs[1:])
-    assert bad.is_dir() if before is None else bad.read_text() == before
-
-
 def _full(path, *_):
     raise OSError(28, "No space left on device")  # as a write does, without the file's name
-
-
-def test_rounds_that_cannot_be_read_are_named_and_the_run_does_not_begin_anew(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    stopped = submissions.stop(here, "one")
-    file = here.results / "one" / "rounds.jsonl"
-    file.write_text("{\n")
-    with pytest.raises(FileError, match=str(file)):
-        submissions.submit(here, deployed, "one")
-    assert submissions.find(here, "one") == stopped and list(link.runs) == ["1"]
 
 
 def test_on_a_full_disk_flower_gets_no_run_that_cannot_be_recorded(
@@ -474,40 +239,6 @@ def looks(here, monkeypatch, caplog):
     return look
 
 
-@pytest.mark.parametrize("error", [FlowerError("500"), Unanswered("500")])
-def test_a_request_that_fails_for_one_submission_holds_up_no_other(
-    here, link, deployed, monkeypatch, error
-):
-    for name in ("one", "two"):
-        submissions.submit(here, deployed, name)
-
-    def status(server, run):
-        if run == "1":
-            raise error
-        return link.status(server, run)
-
-    monkeypatch.setattr(superlink_client, "status", status)
-    first, second = sorted(_pass(here, since=time.monotonic() - 9))
-    assert first == "one: 500" and second.startswith("two continues")
-
-
-def test_waiting_shows_each_round_once_and_crosses_a_restart(here, link, deployed, monkeypatch):
-    made = submissions.submit(here, deployed, "one")
-    steps = iter(
-        [
-            lambda: _round(made, 1),
-            lambda: _pass(here, since=time.monotonic()),
-            lambda: _round(made, 2),
-            lambda: _finish(submissions.find(here, "one"), link),
-            lambda: _pass(here),
-        ]
-    )
-    monkeypatch.setattr(submissions.time, "sleep", lambda _: next(steps)())
-    shown = []
-    assert submissions.follow(here, "one", lambda r: shown.append(r["round"])).state == "completed"
-    assert shown == [1, 2]
-
-
 def test_a_failed_or_stopped_run_continues_in_its_directory(here, link, deployed):
     made = submissions.submit(here, deployed, "one")
     _round(made, 1)
@@ -523,31 +254,6 @@ def test_a_failed_or_stopped_run_continues_in_its_directory(here, link, deployed
     _finish(submissions.find(here, "one"), link)
     with pytest.raises(InputError, match="one is completed"):
         submissions.submit(here, deployed, "one")
-
-
-def test_institutions_are_registered_again_each_minute_and_at_once_after_a_change(
-    here, looks, monkeypatch
-):
-    calls = []
-    monkeypatch.setattr(
-        superlink_client, "register", lambda _: calls.append(1) or {"a": "registered", "b": "no"}
-    )
-    monkeypatch.setattr(submissions, "proceed", lambda *_, **__: ([], {"one": "full disk"}))
-    said = ["institution a: registered", "institution b: no"]
-    assert looks() == [*said, "one: full disk"]
-    assert looks(server.REGISTER_SECONDS - 1) == [] and len(calls) == 1
-    assert looks(1) == said and len(calls) == 2
-    (here.institutions / "b.pub").touch()
-    assert looks(1) == said and len(calls) == 3
-
-
-def test_a_copied_or_a_moved_directory_is_no_record_of_a_run(here, link, deployed):
-    submissions.submit(here, deployed, "one")
-    shutil.copytree(here.results / "one", here.results / "copy")
-    _finish(submissions.find(here, "one"), link)
-    assert submissions.observe(here, "one").state == "completed"
-    actions, waiting = submissions.proceed(here)
-    assert not actions and list(waiting) == ["copy"] and len(link.runs) == 1
 
 
 def test_exit_codes_tell_the_truth(here, link, deployed, tmp_path, monkeypatch):

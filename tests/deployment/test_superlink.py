@@ -1,6 +1,5 @@
 """Our SuperLink beside Flower's: messages in another's name."""
 
-import contextlib
 import sqlite3
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import pytest
 from fastapi import HTTPException
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.node_pb2 import Node
@@ -19,10 +18,9 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
 
-from deployment import superlink, superlink_client
+from deployment import superlink
 
 CONTENT = RecordDict({"x": ConfigRecord({"y": 1})})
 
@@ -120,18 +118,3 @@ def test_flowers_superlink_starts_with_our_handler_and_waits_for_its_database(mo
     monkeypatch.setattr(superlink, "flower_superlink", start)
     superlink.main()
     assert started == [(superlink.LOCK_WAIT,)]
-
-
-def test_a_run_is_found_by_its_directory_until_it_has_ended(link, monkeypatch):
-    values, kind = {"run-dir": "/results/one", "x": 1}, TaskType.SERVER_APP
-    run = link.state.create_run("", "", "", values, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, kind)
-    account = SimpleNamespace(flwr_aid=NOOP_FLWR_AID, account_name="")
-    client = SimpleNamespace(
-        ListRuns=lambda request: control_handlers.list_runs(request, account, link.state)
-    )
-    monkeypatch.setattr(superlink_client, "_superlink", lambda _: contextlib.nullcontext(client))
-    assert superlink_client.unfinished(None, "/results/one") == [str(run)]
-    assert superlink_client.unfinished(None, "/results/two") == []
-    (found,) = link.state.get_run_info(run_ids=[run])
-    assert link.state.finish_task(found.primary_task_id, "stopped", "")
-    assert superlink_client.unfinished(None, "/results/one") == []

@@ -72,15 +72,6 @@ def test_what_an_app_raises_leaves_as_a_code_and_is_logged_by_its_place(with_app
     assert "raises" in caplog.text
 
 
-def test_a_package_that_is_missing_is_named(with_app, context, caplog):
-    def imports(*_):
-        import no_such_package  # noqa: F401
-
-    reply = with_app(imports).answer(_message(), context)
-    assert _code(reply) == "failed"
-    assert "(import of no_such_package)" in caplog.text
-
-
 def test_settings_that_replace_the_old_ones_are_in_force_for_the_next_message(context):
     context.run_config.update({"data.source": "institutions", "data.labels": '["x", "y"]'})
     context.run_config.update({"data.institutions": 1, "privacy.epsilon": float("inf")})
@@ -124,55 +115,3 @@ def test_what_is_in_memory_is_let_go_when_its_files_or_the_model_change(
     del context.run_config["model.name"]
     (model / "model.safetensors").write_bytes(b"yet other weights")
     assert forgets() == 2 and not forgets()
-
-
-@pytest.mark.parametrize("kind", ["directory", "glob", "function", "held-out function"])
-def test_records_of_many_files_and_of_a_function_are_let_go_too(
-    kind, with_app, context, monkeypatch
-):
-    monkeypatch.setattr(trainable, "forget", lambda: None)
-    forgotten = []
-    monkeypatch.setattr(records, "forget", lambda: forgotten.append("records"))
-    made = with_app(lambda m, c: Message(RecordDict(), reply_to=m))
-    file = Path(context.node_config["settings"])
-    parts = file.parent / "parts"
-    parts.mkdir()
-    (parts / "one.csv").write_text("text,label\na,b\n")
-    source = {"directory": str(parts), "glob": f"{parts}/*.csv", "function": "python:bank:records"}
-    if kind in source:
-        file.write_text(file.read_text().replace("'r.csv'", repr(source[kind])))
-    else:
-        given = f"{file.read_text()}\ntest-source = 'python:bank:held_out'\n"
-        file.write_text(given)
-
-    def forgets():
-        forgotten.clear()
-        made.answer(_message(), context)
-        return bool(forgotten)
-
-    assert not forgets() and not forgets()
-    if kind.endswith("function"):
-        context.run_id += 1  # a run reads its records once
-    else:
-        (parts / "one.csv").write_text("text,label\n")  # a customer has withdrawn
-    assert forgets() and not forgets()
-
-
-def test_files_that_cannot_be_read_are_not_taken_for_unchanged_and_stop_no_message(
-    with_app, context, monkeypatch
-):
-    forgotten = []
-    monkeypatch.setattr(trainable, "forget", lambda: forgotten.append("base"))
-    monkeypatch.setattr(records, "forget", lambda: forgotten.append("records"))
-    made = with_app(lambda m, c: Message(RecordDict(), reply_to=m))
-    made.answer(_message(), context)
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer, "_files", lambda *_: Path("not-there").stat())
-        for number in (1, 2):  # the app may have loaded other files in between
-            reply = made.answer(_message(), context)
-            assert not reply.content  # the app's own answer
-            assert forgotten == ["base", "records"] * number
-    made.answer(_message(), context)
-    assert forgotten == ["base", "records"] * 3
-    made.answer(_message(), context)
-    assert len(forgotten) == 6  # unchanged
