@@ -26,6 +26,7 @@ from fedlora.runs.run_files import (
     read_run_file,
     refuse_audited,
     said_of_origins,
+    void,
 )
 from fedlora.config.sections import check_gpu
 from fedlora.data.text import is_unicode
@@ -341,7 +342,7 @@ def merge(
     if not own_model and config.federation.traits.local_parts:
         said += f" {model_card.KEPT_PART}"
     said += said_of_origins(result)
-    said = "\n\n".join([said, *model_card.voided(result)])
+    said = "\n\n".join([said, *(f"**The result is void, and the run accepted it: {text}.**" for text in void(result))])
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
     of_one = own_model or bool(config.federation.traits.local_parts)
     this = origins_of_run(run_dir, config, result, own_model=of_one, private=private)
