@@ -13,7 +13,7 @@ from typing import Any, cast
 import jinja2
 
 from fedlora.config.config import RunConfig
-from fedlora.data.encoding import LabelPrompt, PlainText, ResponsePrompt, Template
+from fedlora.data.encoding import LabelPrompt, PlainText, Template
 from fedlora.files import sync, write_atomic
 from fedlora.models import mean_pooling, models
 from fedlora.models.sft import GREEDY, MAX_RESPONSE_TOKENS
@@ -187,7 +187,6 @@ def _values(config: RunConfig, work: Trainable) -> dict[str, Any]:
     }
     if isinstance(encoding, PlainText):
         return values
-    encoding = cast(LabelPrompt | ResponsePrompt, encoding)
     if isinstance(encoding, LabelPrompt):
         around = encoding.layout(work.labels)[0]
         values |= {"room": config.training.max_length, "tokens": encoding.tokens(work.labels)}
