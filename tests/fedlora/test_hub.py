@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import shutil
 from pathlib import Path
 
 import datasets
@@ -17,7 +16,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from fedlora.data import sources
 from fedlora.errors import InputError
-from fedlora.models import base_directory, model_files
+from fedlora.models import model_files
 from fedlora.models.adapters import AdapterState
 
 COMMIT = "0123456789" * 4
@@ -163,48 +162,6 @@ def test_a_model_in_the_hub_cache_trains_without_a_network_as_its_directory_does
     assert all(torch.equal(made[0][tensor], made[1][tensor]) for tensor in made[1])
 
 
-def test_a_model_is_downloaded_once_and_without_what_is_not_needed(hub, tiny_encoder):
-    served = publish_model(hub, "org/tiny", tiny_encoder)
-    (served / "pytorch_model.bin").write_bytes(b"a pickle")
-    (served / "README.md").write_text("about")
-    found = model_files.resolve("org/tiny")
-    assert sorted(hub.asked) == sorted(file.name for file in tiny_encoder.iterdir())
-    assert found.path.is_relative_to(hub.cache)
-    direct = model_files.resolve(str(tiny_encoder))
-    assert base_directory.digest(found) == base_directory.digest(direct)
-    hub.online = False
-    assert model_files.resolve("org/tiny") == found
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_cached_model_with_an_adapter_beside_it_is_refused(hub, tiny_encoder, tmp_path, offline):
-    planted = shutil.copytree(tiny_encoder, tmp_path / "planted")
-    (planted / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    cached_model(hub, "org/planted", planted)
-    hub.online = False
-    hub.set_offline(offline)
-    with pytest.raises(InputError, match=r"'org/planted', .* adapter_config\.json"):
-        model_files.resolve("org/planted")
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_cached_model_of_pickles_is_refused_as_one(hub, tmp_path, offline):
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_text("{}")
-    (pickled / "pytorch_model.bin").write_bytes(b"a pickle")
-    cached_model(hub, "org/pickled", pickled)
-    hub.online = False
-    hub.set_offline(offline)
-    with pytest.raises(InputError, match=r"'org/pickled', whose weights are pickles only"):
-        model_files.resolve("org/pickled")
-
-
-def test_a_model_that_the_hub_does_not_have_says_to_check_the_name(hub):
-    with pytest.raises(InputError, match=r"'org/absent', .* hub does not have .* hf auth"):
-        model_files.resolve("org/absent")
-
-
 def test_a_hub_data_set_is_downloaded_once_and_then_read_without_a_network(hub, news):
     first = sources.read("hub:owner/News", TEXT_LABEL)
     assert first["text"] == news
@@ -214,12 +171,6 @@ def test_a_hub_data_set_is_downloaded_once_and_then_read_without_a_network(hub, 
     hub.set_offline(True)
     assert sources.read("hub:owner/News:full", TEXT_LABEL) == first
     assert sources.read("hub:owner/News:small", TEXT_LABEL)["text"] == news[:8]
-
-
-def test_a_federation_trains_on_a_hub_data_set(hub, news, tiny_config, simulate_run):
-    source = {"data.source": "hub:owner/News", "data.test-source": "hub:owner/News"}
-    result = simulate_run(tiny_config(**source, **{"federation.rounds": 2}))
-    assert result["n"] == 4  # the test split
 
 
 @pytest.mark.parametrize(

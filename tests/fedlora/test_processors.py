@@ -33,19 +33,3 @@ def test_a_container_has_as_many_processors_as_its_quota(
 ) -> None:
     (allowed / "cpu.max").write_text(f"{quota}\n")
     assert processors.count() == expected
-
-
-@pytest.mark.parametrize(("quota", "expected"), [("300000", 3), ("-1", 16)])
-def test_a_control_group_of_version_1(allowed: Path, quota: str, expected: int) -> None:
-    (allowed / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-    (allowed / "cpu.cfs_period_us").write_text("100000\n")
-    assert processors.count() == expected
-
-
-def test_without_affinity_or_control_group_all_of_the_machine(
-    allowed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert processors.count() == 16
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert processors.count() == 5

@@ -59,17 +59,6 @@ def test_a_wrong_update_is_refused_with_its_reason(update, code):
     assert caught.value.code == code
 
 
-def test_a_small_size_makes_no_value_small():
-    with pytest.raises(Refusal, match="too-large: a value is 1025"):
-        _validate(_update(value=1025.0, size=1.0), weighting="records")
-
-
-def test_a_size_class_that_is_no_power_of_two_is_refused():
-    _validate(_update(size=4096.0), weighting="public-size")
-    with pytest.raises(Refusal, match=r"invalid-size.*power of two"):
-        _validate(_update(size=4095.0), weighting="public-size")
-
-
 @pytest.mark.parametrize(
     ("weighting", "size"),
     [
@@ -101,18 +90,6 @@ def test_other_keys_and_dtypes_are_refused():
     for state in (extra, double, AdapterState({})):
         with pytest.raises(Refusal, match="invalid-update"):
             _validate(ClientUpdate(institution="bank", round=1, adapter=state))
-
-
-def test_the_weight_is_one_or_the_size():
-    plain = Round(number=1, asked=2, before=BEFORE)
-    sized = Round(number=1, asked=2, before=BEFORE, weighting="records")
-    assert plain.weight(_update(size=7.5)) == 1.0 and sized.weight(_update(size=7.5)) == 7.5
-
-
-def test_the_scale_follows_the_rank():
-    plain = Round(number=1, asked=2, before=BEFORE, alpha=8.0)
-    assert plain.scale(4) == 2.0
-    assert Round(number=1, asked=2, before=BEFORE, alpha=8.0, rslora=True).scale(4) == 4.0
 
 
 @given(

@@ -127,12 +127,6 @@ def test_stack_starts_from_zero_on_what_the_base_carries_with_another_a_each_rou
     assert not torch.equal(stack.start(two)[A], sent[A])
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
-def test_of_nothing_comes_nothing(name):
-    round = Round(number=1, asked=3, before=_state(np.random.default_rng(0), 2))
-    assert len(STRATEGIES[name].aggregate(round, [])) == 0
-
-
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -178,8 +172,3 @@ def test_a_loud_update_whose_product_is_zero_takes_nothing_from_the_others(name)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]
     found, sv = lowrank.truncated_svd([*honest, loud], rank)
     assert float((found @ sv - best).norm()) <= tolerance * float(best.norm())
-
-
-def test_the_truncated_svd_of_zeros_has_rank_zero():
-    found, sv = lowrank.truncated_svd([(1.0, torch.zeros(D_OUT, 2), torch.zeros(2, D_IN))], 2)
-    assert found.shape == (D_OUT, 0) and sv.shape == (0, D_IN)

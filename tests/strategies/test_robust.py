@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config.strategy_table import STRATEGY_TABLE
-from fedlora.errors import Refusal
 from fedlora.models.adapters import AdapterState
-from strategies import STRATEGIES, fedavg, ffa, products, robust
+from strategies import fedavg, ffa, products, robust
 from strategies.base import Round
 from tests.samples import updates_of
 from tests.strategies.random_adapters import HEAD, MAGNITUDE, A, B, random_adapter
@@ -104,24 +103,6 @@ def test_the_median_is_flowers_own(seed, count):
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "svd", "exact"])
-def test_an_innocent_product_of_a_large_and_a_small_factor_does_no_harm(strategy):
-    draw = np.random.default_rng(2)
-    before = _state(draw)
-    honest = [_state(draw, near=before, by=0.1) for _ in range(5)]
-    bad = before.updated({A: before[A] * 300, B: before[B] / 300})
-    round = _round(before)
-    mine, _ = robust.aggregate(
-        round,
-        updates_of([*honest, bad]),
-        rule="multi-krum",
-        share=0.2,
-        mean=STRATEGIES[strategy].aggregate,
-    )
-    longest = max(float((s[A] - before[A]).norm()) for s in honest)
-    assert float((mine[A] - before[A]).norm()) <= 2 * longest
-
-
 def test_nobody_counts_more_than_the_median_however_large_it_says_it_is():
     draw = np.random.default_rng(2)
     before = _state(draw)
@@ -152,18 +133,3 @@ def test_with_a_frozen_factor_the_rules_take_what_was_sent_and_no_order_matters(
     assert both[0][1] == both[1][1]
     assert A not in both[0][0]
     assert all(torch.allclose(both[0][0][name], both[1][0][name]) for name in states[0])
-
-
-def test_how_many_bad_ones_are_assumed():
-    assert robust.tolerated(0.3, 10) == 3 and robust.tolerated(0.29, 10) == 2
-    assert robust.enough("median", 0.2, 1)
-    assert robust.enough("multi-krum", 0.3, 10) and not robust.enough("multi-krum", 0.4, 10)
-    before = _state(np.random.default_rng(0))
-    with pytest.raises(Refusal, match="too-few-updates"):
-        robust.aggregate(
-            _round(before),
-            updates_of([before] * 4),
-            rule="multi-krum",
-            share=0.3,
-            mean=fedavg.aggregate,
-        )

@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from fedlora.config.config import describe, from_flat
 from fedlora.config.strategy_table import STRATEGY_TABLE
 from fedlora.models.adapters import AdapterState, kind
 from strategies import STRATEGIES, fedavg
@@ -77,20 +75,6 @@ def test_a_file_and_a_line_in_the_table_add_a_strategy_that_runs(tmp_path, tiny_
             assert (half[name] == tensor / 2).all()
         elif kind(name) == "A":
             assert (half[name] == tensor).all()
-
-
-def test_the_configuration_offers_and_describes_the_strategies_of_the_table():
-    (text,) = (text for key, _, _, text in describe() if key == "federation.strategy")
-    assert list(STRATEGY_TABLE) == list(STRATEGIES)
-    assert all(f"{name} ({traits.summary})" in text for name, traits in STRATEGY_TABLE.items())
-    for name in STRATEGY_TABLE:
-        assert from_flat({"federation.strategy": name}).federation.traits is STRATEGY_TABLE[name]
-
-
-def test_the_page_of_strategies_has_a_row_for_each_in_the_order_of_the_table():
-    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
-    first = page[page.index("| name |") :].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", first, re.M) == list(STRATEGY_TABLE)
 
 
 def test_the_traits_of_each_strategy_are_those_of_its_algorithm():

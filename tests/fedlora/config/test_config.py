@@ -1,14 +1,10 @@
-import json
 import math
 import re
-from pathlib import Path
 
 import pandas
 import pytest
 
-import fedlora
 from fedlora.config import config, gone
-from fedlora.config.sections import HomeConfig
 from fedlora.errors import InputError
 
 FRAME = pandas.DataFrame({"text": ["a secret record"]})
@@ -36,30 +32,6 @@ def test_a_configuration_survives_toml_and_flowers_flat_form(tmp_path):
     file.write_text(made.to_toml())
     assert config.load(file) == made
     assert config.from_flat(made.flat()) == made
-
-
-def test_a_run_of_another_version_that_cannot_be_read_names_that_version(tmp_path):
-    file = tmp_path / "config.toml"
-    file.write_text("[privacy]\nnew-key = 1\n")
-    with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
-        config.load(file)
-    about = {"versions": {"fedlora": "0.3.0"}, "git_sha": None, "git_dirty": None}
-    (tmp_path / "environment.json").write_text(json.dumps(about))
-    said = rf"was written by fedlora 0\.3\.0, this is {fedlora.__version__}: read it with .*new-key"
-    with pytest.raises(InputError, match=said):
-        config.load(file)
-    same = {"versions": {"fedlora": fedlora.__version__}, "code": "f" * 64}
-    (tmp_path / "environment.json").write_text(json.dumps(about | same))
-    with pytest.raises(InputError, match=r"by fedlora at code f{12}, and this is .*new-key"):
-        config.load(file)
-    file.write_text("seed = 1\n")
-    with pytest.raises(InputError, match=r"^sed is not a configuration key"):
-        config.load(file, {"sed": 2})
-    file.write_text("[privacy]\nnew-key = 1\n")
-    for damaged in ("[]", "{}", "no JSON"):
-        (tmp_path / "environment.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"^privacy\.new-key is not a configuration key"):
-            config.load(file)
 
 
 @pytest.mark.parametrize("key", gone.KEYS)
@@ -120,10 +92,6 @@ def test_a_bad_value_is_named_with_its_bound(key, value, words):
     assert "\n" not in message
 
 
-def test_the_largest_whole_number_of_a_flower_configuration_is_taken():
-    assert config.from_flat({"seed": 2**63 - 1}).seed == 2**63 - 1
-
-
 def test_values_that_exclude_each_other_are_refused():
     with pytest.raises(InputError, match="assigns classes, but model"):
         config.from_flat(
@@ -165,13 +133,6 @@ def test_robust_rules_are_refused_where_they_would_not_mean_what_they_say(values
         config.from_flat(values)
 
 
-def test_robust_rules_go_with_what_they_can():
-    for values in ({"strategy": "svd"}, {"weighting": "public-size"}, {"strategy": "own:code"}):
-        named = {f"federation.{key}": value for key, value in values.items()}
-        made = config.from_flat({"federation.robust": "multi-krum:0.3", **named})
-        assert made.federation.robust_rule == ("multi-krum", 0.3)
-
-
 def test_overrides_win_over_the_file_and_read_as_text(tmp_path):
     file = tmp_path / "x.toml"
     file.write_text("[privacy]\nepsilon = 3.0\n")
@@ -192,43 +153,6 @@ def test_files_that_are_missing_or_not_toml_are_named(tmp_path):
         config.load(broken)
     with pytest.raises(InputError, match=r"holds records .*`fedlora init .*rows\.csv` writes"):
         config.load(tmp_path / "rows.csv")
-
-
-def test_text_that_is_no_unicode_and_nesting_without_end_are_refused(tmp_path):
-    for value in ("\ud800", '["a", "\\ud800"]', ["a", "\ud800"]):
-        key = "data.text" if value == "\ud800" else "data.labels"
-        with pytest.raises(InputError, match=rf"{key} has '\\ud800', .*surrogate pair"):
-            config.from_flat({key: value})
-    with pytest.raises(InputError, match=r"data\.labels is '\[+\.\.\.; it must be a list of text"):
-        config.from_flat({"data.labels": "[" * 100_000})
-    deep = tmp_path / "deep.toml"
-    deep.write_text("seed = " + "[" * 100_000)
-    with pytest.raises(InputError, match="not valid TOML"):
-        config.load(deep)
-
-
-def test_sections_made_in_python_have_their_types_and_name_what_is_none():
-    assert config.DataConfig(source=Path("x.csv")).source == "x.csv"
-    assert config.TrainingConfig(learning_rate="0.1").learning_rate == 0.1
-    for make, words in (
-        (
-            lambda: config.FederationConfig(rounds=2.5),
-            "federation.rounds is 2.5; it must be a",
-        ),
-        (
-            lambda: config.RunConfig(data=FRAME),
-            "data is a DataFrame; it must be a DataConfig: make",
-        ),
-        (lambda: config.DataConfig(source=FRAME), "data.source is a DataFrame; it must be Unicode"),
-        (lambda: config.DataConfig(source=7), "data.source is 7; it must be Unicode text"),
-        (
-            lambda: config.RunConfig(training={"rounds": 2}),
-            "training is {'rounds': 2}; it must",
-        ),
-    ):
-        with pytest.raises(InputError) as error:
-            make()
-        assert words in str(error.value)
 
 
 def test_the_fingerprint_ignores_where_a_run_runs_and_nothing_else():
@@ -293,11 +217,3 @@ def test_more_shares_of_keys_than_one_message_holds_are_refused_in_a_deployment(
     words = f"institutions is {institutions + 1} and federation.rounds is {rounds + 1}, .* 120000"
     with pytest.raises(InputError, match=words):
         config.from_flat(SECURE | deployed | more)
-
-
-@pytest.mark.parametrize(
-    ("wished", "of", "chosen"),
-    [(0, 3, [0, 1, 2]), (5, 3, [0, 1, 2]), (2, 5, [0, 2]), (8, 39, [0, 4, 9, 14, 19, 24, 29, 34])],
-)
-def test_the_institutions_that_train_at_home_are_spread_evenly(wished, of, chosen):
-    assert HomeConfig(institutions=wished).chosen(of) == chosen

@@ -1,6 +1,5 @@
 """Plug-ins by name and by object, and the sources and partitions that they give."""
 
-import functools
 import hashlib
 import importlib
 import sys
@@ -12,7 +11,6 @@ from fedlora.config import plugins
 from fedlora.config.config import from_flat
 from fedlora.data import rows, sources
 from fedlora.errors import InputError, RecordError
-from strategies.base import Strategy
 
 MODULE = """
 import functools
@@ -91,29 +89,6 @@ def test_the_hash_is_of_the_code_that_this_process_runs(own):
     assert plugins.describe(named)[0]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
-def test_the_hash_of_a_partial_is_that_of_the_module_that_was_reloaded(own):
-    named = [("federation.metrics", "own_code:share_of_x")]
-    plugins.load(*named[0])
-    own.write_text(MODULE.replace('share_of, "x")', 'share_of, "zebra")'))
-    importlib.invalidate_caches()
-    importlib.reload(sys.modules["own_code"])
-    plugins.forget()
-    assert plugins.load(*named[0]).args == ("zebra",)
-    hashes = {one["sha256"] for one in plugins.describe(named)}
-    assert hashes == {hashlib.sha256(own.read_bytes()).hexdigest()}
-
-
-def test_what_no_module_holds_is_dropped_with_the_run():
-    def metric(predictions):
-        return 1.0
-
-    name = plugins.give("federation.metrics", metric)
-    plugins.load("federation.metrics", name)
-    assert any(thing is metric for thing, _ in plugins._codes_of.values())
-    plugins.forget()
-    assert not any(thing is metric for thing, _ in plugins._codes_of.values())
-
-
 @pytest.mark.parametrize(
     ("key", "name", "words"),
     [
@@ -145,62 +120,6 @@ def test_an_object_is_found_in_this_process_under_its_own_name():
             plugins.give("federation.metrics", lambda record: None)
     finally:
         plugins.forget()
-
-
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [
-        ("federation.metrics", "share_of_x"),
-        ("federation.metrics", "share_of_y"),
-        ("federation.metrics", "above_two"),
-        ("federation.strategy", "half"),
-        ("federation.strategy", "whole"),
-    ],
-)
-def test_an_object_has_the_name_that_its_module_gives_it_and_another_process_loads_it(
-    own, key, name
-):
-    thing = plugins.load(key, f"own_code:{name}")
-    named = plugins.give(key, thing)
-    assert named == f"own_code:{name}" and plugins.load(key, named) is thing
-    described = plugins.describe([(key, named)])
-    sha256 = hashlib.sha256(own.read_bytes()).hexdigest()
-    assert described == [{"key": key, "object": named, "file": "own_code.py", "sha256": sha256}]
-    plugins.forget()  # as in another process
-    sys.modules.pop("own_code")
-    loaded = plugins.load(key, named)
-    assert loaded is not thing and type(loaded).__name__ == type(thing).__name__
-    assert plugins.describe([(key, named)]) == described
-
-
-def test_an_object_that_no_module_names_is_refused(own):
-    above = type(plugins.load("federation.metrics", "own_code:above_two"))
-    keep_all = plugins.load("federation.strategy", "own_code:keep_all")
-    for key, thing, kind in (
-        ("federation.strategy", Strategy(aggregate=keep_all), "Strategy"),
-        ("federation.metrics", functools.partial(above, 3), "partial"),
-        ("federation.metrics", above(3), "Above"),
-    ):
-        with pytest.raises(InputError) as error:
-            plugins.give(key, thing)
-        assert f"{key} is a {kind} without a name; assign it to a public" in str(error.value)
-
-
-def test_an_object_of_a_script_or_notebook_has_its_name_there(own, monkeypatch):
-    made = functools.partial(plugins.load("federation.metrics", "own_code:share_of_x").func, "z")
-    monkeypatch.setattr(sys.modules["__main__"], "_", made, raising=False)
-    with pytest.raises(InputError, match="is a partial without a name"):
-        plugins.give("federation.metrics", made)
-    monkeypatch.setattr(sys.modules["__main__"], "share_of_z", made, raising=False)
-    assert plugins.give("federation.metrics", made) == "__main__:share_of_z"
-    one, *_ = plugins.describe([("federation.metrics", "__main__:share_of_z")])
-    assert one["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
-
-
-def test_a_strategy_of_a_function_from_elsewhere_is_described_by_both_files(own):
-    described = plugins.describe([("federation.strategy", "own_code:mean")])
-    assert [one["file"] for one in described] == ["fedavg.py", "own_code.py"]
-    assert described[1]["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """``data.partition``: what is understood, and what each scheme needs."""
 
-import subprocess
-import sys
-
 import pytest
 
 from fedlora.config.schemes import parse
@@ -35,18 +32,7 @@ def test_any_other_partition_is_refused_with_the_list_of_valid_ones(spec: str) -
         parse(spec, institutions=3, has_classes=True)
 
 
-def test_only_natural_may_leave_the_number_of_institutions_to_the_rows() -> None:
-    assert parse("natural:bank", institutions=0, has_classes=True) == ("natural", "bank")
-    with pytest.raises(InputError, match="is 0, but partition iid needs their number"):
-        parse("iid", institutions=0, has_classes=True)
-
-
 @pytest.mark.parametrize("spec", ["dirichlet:1", "pathological:2"])
 def test_classes_are_dealt_out_only_where_there_are_some(spec: str) -> None:
     with pytest.raises(InputError, match="assigns classes, but model"):
         parse(spec, institutions=3, has_classes=False)
-
-
-def test_a_configuration_is_checked_without_numpy() -> None:
-    code = "import sys, fedlora.config; sys.exit('numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,14 +1,9 @@
 """Files of texts to answer: every row kept, one clear error for each bad file, no torch."""
 
 import csv
-import datetime
-import decimal
-import io
 import json
 
 import pandas
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from fedlora.data import answer_files
@@ -63,20 +58,6 @@ def test_a_file_of_answers_is_whole_or_absent(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_answers_without_classes_have_no_score(tmp_path):
-    found = answer_files.of(["a"])
-    answer_files.write(tmp_path / "out.csv", found, [{"text": "a", "answer": "yes"}])
-    assert (tmp_path / "out.csv").read_bytes() == b"text,answer\na,yes\n"
-
-
-def test_standard_input_has_a_text_a_line(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone, two\r\nthree\u2028four\n"))
-    assert answer_files.read("-", "subject,story").texts == ["one, two", "three\u2028four"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    with pytest.raises(InputError, match="standard input has no row"):
-        answer_files.read("-", "text")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -93,35 +74,6 @@ def test_a_file_that_cannot_be_answered_is_one_clear_error(tmp_path, name, conte
         answer_files.read(source, "text")
     for word in words:
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_parquet_file_is_answered_with_its_types(tmp_path, kind):
-    table = pa.table(
-        {
-            " text": ["a", "b"],
-            "day": [datetime.date(2024, 2, 3), None],
-            "amount": [decimal.Decimal("1.50"), decimal.Decimal("2.00")],
-        }
-    )
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    texts = answer_files.read(str(tmp_path / "in.parquet"), "text")
-    assert texts.texts == ["a", "b"]
-    out = tmp_path / f"out.{kind}"
-    answer_files.check_out(out, texts)
-    answer_files.write(out, texts, [{"answer": "x", "score": 0.5}, {"answer": "y", "score": 1.0}])
-    if kind == "parquet":
-        found = pyarrow.parquet.read_table(out)
-        assert found.schema.field("amount").type == pa.decimal128(3, 2)
-    else:
-        again = answer_files.read(str(out), "text")
-        assert list(again.rows.columns) == ["text", "day", "amount", "answer", "score"]
-
-
-def test_an_empty_line_of_standard_input_is_refused(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n"))
-    with pytest.raises(InputError, match="row 2 of standard input has no text"):
-        answer_files.read("-", "text")
 
 
 def test_a_place_for_answers_is_refused_before_any_work(tmp_path):

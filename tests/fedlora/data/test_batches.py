@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.data.batches import distinct, micro_batches, once, pad, rounded
+from fedlora.data.batches import distinct, micro_batches, once, pad
 
 
 def test_a_batch_is_padded_to_its_own_longest_row_on_the_given_side() -> None:
@@ -35,14 +35,6 @@ def test_micro_batches_cover_each_row_once_from_long_to_short_and_keep_ties_in_o
     assert all(0 < len(batch) <= physical for batch in batches)
 
 
-@given(st.lists(st.sampled_from([b"a", b"b", b"ab", b""])))
-def test_distinct_finds_the_first_of_equal_rows(keys: list[bytes]) -> None:
-    first, copy_of = distinct(keys)
-    assert [keys[i] for i in first[copy_of]] == keys
-    assert [keys.index(keys[i]) for i in first] == first.tolist()
-    assert len(first) == len(set(keys))
-
-
 @given(st.lists(st.sampled_from([b"a", b"b", b"ab", b"abc", b""])), st.integers(1, 3))
 def test_equal_rows_are_computed_once_and_each_row_has_its_equal(
     keys: list[bytes], physical: int
@@ -59,13 +51,3 @@ def test_equal_rows_are_computed_once_and_each_row_has_its_equal(
     first, _ = distinct(keys)
     in_turn = [keys[i] for batch in micro_batches(lengths, first, physical) for i in batch]
     assert computed == in_turn
-
-
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=20), st.integers(700, 800))
-def test_padded_sizes_are_few_never_short_and_waste_at_most_a_quarter(
-    lengths: list[int], at_most: int
-) -> None:
-    sizes = rounded(np.array(lengths), at_most)
-    assert (sizes >= lengths).all() and (sizes <= at_most).all()
-    assert (sizes - lengths <= np.maximum(8, sizes / 4)).all()
-    assert (rounded(sizes, at_most) == sizes).all()

@@ -1,12 +1,10 @@
 import dataclasses
-import hashlib
 import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,32 +71,6 @@ TRAIN = [
 TEST = [("rise", "good", "South", "3")]
 
 
-def test_rows_are_counted_and_have_a_fingerprint_as_a_run_reads_them(tmp_path: Path) -> None:
-    fed = fixed(tmp_path, TRAIN, TEST, partition="iid", institutions=1, unit="customer")
-    settings = DataConfig(
-        source=str(tmp_path / "a.jsonl"),
-        test_source=str(tmp_path / "b.jsonl"),
-        partition="iid",
-        institutions=1,
-    )
-
-    def read(unit: str) -> Shard:
-        found = data.prepare(
-            settings, unit=unit, seed=0, task="classification", encode=data.no_tokens
-        )
-        return found.all_train
-
-    shard = read("customer")
-    assert len(shard) == 4 and shard.num_units == 2
-    assert shard.fingerprint == fed.train(0).fingerprint
-    for missing in ("NULL", "n/a", "NaN", " "):
-        write(tmp_path / "a.jsonl", [*TRAIN, ("new", "good", "South", missing)])
-        with pytest.raises(InputError, match=r"1 training rows .* a word for it, such as NULL"):
-            read("customer")
-        shard = read("record")
-        assert len(shard) == shard.num_units == 5
-
-
 def where_rows_went(counts: Any) -> int:
     missing = ("without_text", "without_label", "without_institution")
     kept_and_dropped = ("train", "held_out", "duplicates_removed", "rows_dropped")
@@ -131,12 +103,6 @@ def test_institutions_with_more_records_keep_a_part_and_all_held_out_rows(tmp_pa
     assert where_rows_went(fed.counts) == fed.counts["rows"] + fed.counts["test_rows"]
 
 
-def test_the_unit_record_numbers_the_rows_of_each_institution(tmp_path: Path) -> None:
-    fed = fixed(tmp_path, TRAIN, [("rise", "good", "South"), ("sink", "bad", "North")])
-    assert fed.train(1).units.tolist() == [0, 1, 2]
-    assert fed.all_held_out.units.tolist() == [0, 0]
-
-
 SPELLINGS = ("Jos\u00e9 M\u00fcller", "JOSE\u0301 MU\u0308LLER", "jos\u00e9\u00a0\u2003m\u00fcller",
              "Jos\u00e9\u200b M\u00fcller", "\uff2aos\u00e9 M\u00fcller")  # fmt: skip
 
@@ -150,43 +116,6 @@ def test_a_customer_is_one_unit_in_whatever_case_and_unicode_form(tmp_path: Path
     plain = [(*row[:3], SPELLINGS[0] if row[3] in SPELLINGS else row[3]) for row in train]
     same = fixed(tmp_path, plain, TEST, unit="customer").train(0)
     assert same.fingerprint == shard.fingerprint  # a ledger knows who has which records
-
-
-def test_customers_with_records_at_several_institutions_are_counted(tmp_path: Path) -> None:
-    customers = ("Anna", "anna ", "Bob", "Bob", "Cyd", "Cyd")
-    train = [
-        (f"text {i}", ("good", "bad")[i % 2], ("North", "South")[i % 2], name)
-        for i, name in enumerate(customers)
-    ]
-    assert fixed(tmp_path, train, TEST, unit="customer").counts["units_at_several"] == 3
-    assert fixed(tmp_path, train, TEST).counts["units_at_several"] == 0
-    drawn = fixed(tmp_path, train, TEST, unit="customer", partition="iid", institutions=2)
-    assert drawn.counts["units_at_several"] == 0 and drawn.names[1] == "institution-01"
-
-
-def test_a_view_of_one_institution_counts_its_own_rows(tmp_path: Path) -> None:
-    whole = fixed(tmp_path, TRAIN, TEST)
-    one = whole.seen_as("only:South")
-    assert (one.counts["train"], one.counts["held_out"]) == (3, 1)
-    for counts in (whole.counts, one.counts):
-        parts = ("train", "held_out", "without_text", "without_label", "without_institution",
-                 "duplicates_removed", "rows_dropped")  # fmt: skip
-        assert counts["rows"] + counts["test_rows"] == sum(counts[part] for part in parts)
-
-
-def test_the_fingerprint_of_records_is_the_digest_of_their_digests(tmp_path: Path) -> None:
-    """By hand, so that no change lets a ledger forget whose it is."""
-    shard = fixed(tmp_path, TRAIN, TEST).train(1)
-    digest = lambda content: hashlib.sha256(content).digest()  # noqa: E731
-    rows = [digest(json.dumps([text, label]).encode()) for text, label, *_ in TRAIN[1:]]
-    units = sorted(digest(row) for row in rows)
-    assert shard.fingerprint == hashlib.sha256(b"".join(units)).hexdigest()
-
-
-def test_a_customer_without_a_visible_name_is_refused(tmp_path: Path) -> None:
-    rows = [*TRAIN, ("more", "good", "North", "\u200b\u00ad")]
-    with pytest.raises(InputError, match="1 training rows have nothing in that column"):
-        fixed(tmp_path, rows, TEST, unit="customer")
 
 
 def test_an_institution_is_one_in_whatever_case_and_unicode_form(tmp_path: Path) -> None:
@@ -235,29 +164,10 @@ def test_small_institutions_go_with_their_held_out_rows(tmp_path: Path) -> None:
     assert read_back(fed.all_held_out) == ["rise"]
 
 
-def test_several_text_columns_are_joined(tmp_path: Path) -> None:
-    fed = fixed(tmp_path, [*TRAIN, ("", "bad", "North", "9")], TEST, text="text, customer")
-    assert read_back(fed.train(0)) == ["up | 1", "9"]
-
-
 def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     fed = fixed(tmp_path, TRAIN, [("x" * 61, "good", "South"), ("x" * 60, "bad", "South")])
     assert fed.counts["truncated"] == 1
     assert fed.all_held_out.lengths.tolist() == [60, 60]
-
-
-def test_given_labels_keep_their_order(tmp_path: Path) -> None:
-    fed = fixed(tmp_path, TRAIN, TEST, labels=("good", "mixed", "bad"))
-    assert fed.labels == ("good", "mixed", "bad")
-    assert fed.train(1).targets.tolist() == [2, 0, 2]
-
-
-def test_instruction_pairs_have_no_classes(tmp_path: Path) -> None:
-    fed = fixed(tmp_path, TRAIN, [("hm", "a reply", "South")], task="sft")
-    assert fed.labels == ()
-    assert fed.train(0).targets.tolist() == [4]  # where the fake tokeniser starts a response
-    flat = fixed(tmp_path, TRAIN, [("hm", "a reply")], task="sft", partition="iid", institutions=2)
-    assert np.diff(flat.train_bounds).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -293,20 +203,6 @@ def test_what_does_not_fit_is_one_line_before_anything_is_tokenised_or_written(
             **{"source": source, "test_source": other, "encode": never, **changes},
         )
     assert "\n" not in str(error.value)
-
-
-def test_held_out_rows_that_leave_none_for_training_are_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", TRAIN)
-    with pytest.raises(InputError, match="test-source has the text of every one of the 4 rows of"):
-        prepare(tmp_path, source=source, test_source=source)
-
-
-def test_a_label_that_only_the_test_rows_have_is_named(tmp_path: Path) -> None:
-    test = [("z", "odd", "South"), ("y", "good", "South")]
-    with pytest.raises(
-        InputError, match=r"label 'odd' \(1 rows of .*b.jsonl\) is none of bad, good"
-    ):
-        fixed(tmp_path, TRAIN, test)
 
 
 ROWS = st.lists(
@@ -366,15 +262,6 @@ def test_no_text_is_on_both_sides_and_every_row_is_accounted_for(
         assert set(shard.units.tolist()) == set(range(shard.units.max() + 1))
         assert shard.fingerprint == again.train(index).fingerprint
         assert read_back(fed.held_out(index)) == read_back(again.held_out(index))
-
-
-def test_each_configuration_counts_the_long_texts_of_its_own_rows(tmp_path: Path) -> None:
-    train = [(f"{i} " + "x" * 70 * (i < 4), "ab"[i % 2], "NS"[i < 3], "1") for i in range(10)]
-    cut = {}
-    for name, changes in {"all": {}, "large": {"min_records": 5}}.items():
-        fed = fixed(tmp_path, train, [("y" * 61, "a", "N"), ("z", "a", "N")], **changes)
-        cut[name] = fed.counts["truncated"], len(fed.all_train)
-    assert cut == {"all": (5, 10), "large": (2, 7)}
 
 
 def test_the_fingerprint_of_an_institution_outlives_a_change_of_tokeniser(tmp_path: Path) -> None:
@@ -443,18 +330,6 @@ def test_cfpb_companies_are_institutions(tmp_path: Path) -> None:
     )
     assert len(fed.names) == 10
     assert "CITIBANK-N-A" in fed.names
-
-
-def test_sentfin_entities_are_institutions(tmp_path: Path) -> None:
-    fed = prepare(
-        tmp_path,
-        str(shared_data("sentfin/sentfin_long.csv")),
-        text="text,entity",
-        partition="natural:entity",
-        min_records=20,
-        test_fraction=0.0,
-    )
-    assert len(fed.names) == 96
 
 
 def test_banking77_and_tfns_keep_their_own_test_rows(tmp_path: Path) -> None:

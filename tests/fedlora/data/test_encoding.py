@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from fedlora.config.task_choice import choose_task
 from fedlora.data import encoding
@@ -63,27 +61,6 @@ def test_labels_that_begin_alike_become_lettered_options() -> None:
     assert "A) x one\nB) x two\nC) ok" in tokenizer.decode(ids)
     assert isinstance(task.encoding, encoding.LabelPrompt)
     assert tokenizer.convert_ids_to_tokens(task.encoding.tokens(labels)) == ["ĠA", "ĠB", "ĠC"]
-
-
-def test_labels_that_cannot_be_scored_are_named_with_the_remedy() -> None:
-    many = tuple(f"x {i}" for i in range(27))
-    with pytest.raises(InputError, match=r"27 labels.*x 0, x 1.*encoder.*sft"):
-        label_task(byte_tokenizer()).encode(["ok"], ["x 0"], many)
-    task = choose_task("classification", "causal", byte_tokenizer(), prompt="{text}", max_length=99)
-    with pytest.raises(InputError, match=r"data.prompt has no \{labels\}.*x 0, x 1"):
-        task.encode(["ok"], ["x 0"], many[:2])
-
-
-@pytest.mark.parametrize("prompt", ["no place", "{text} and {text}"])
-def test_a_prompt_without_exactly_one_text_is_refused(prompt: str) -> None:
-    task = choose_task("sft", "causal", byte_tokenizer(), prompt=prompt, max_length=99)
-    with pytest.raises(InputError, match=r"data.prompt has \{text\} [02] times"):
-        task.encode(["ok"], ["ok"], ())
-
-
-def test_a_label_outside_the_label_set_is_refused() -> None:
-    with pytest.raises(InputError, match="'bullish' is not one of negative, neutral, positive"):
-        label_task(byte_tokenizer()).encode(["ok"], ["bullish"], LABELS)
 
 
 @pytest.mark.parametrize(
@@ -169,37 +146,6 @@ def test_truncation_cuts_the_text_from_its_end_before_it_touches_the_response(
         assert "".join(left_over.split()) == "".join(without.split())
 
 
-def test_what_goes_first_is_the_end_of_the_text_then_the_end_of_the_response() -> None:
-    tokenizer = byte_tokenizer(chat=CHAT)
-    text, response = "fell rose flat ok x", "negative neutral positive"
-    room = len(sft_task(tokenizer).encode([text], [response], ()).ids[0])
-
-    def decoded(less: int, text: str = text) -> tuple[str, str, int]:
-        encoded = sft_task(tokenizer, room - less).encode([text], [response], ())
-        (ids,), (start,) = encoded.ids, encoded.targets
-        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]), encoded.truncated[0]
-
-    before, after = "<|user|>\n", "<|end|>\n<|assistant|>\n"
-    assert decoded(0) == (before + text + after, response + "<|end|>", 0)
-    assert decoded(2) == (before + "fell rose flat" + after, response + "<|end|>", 1)
-    assert decoded(5) == (before + after, response + "<|end|>", 1)
-    assert decoded(7) == (before + after, "negative neutral", 1)
-    assert decoded(7, text="") == (before + after, "negative neutral", 1)
-
-
-def test_a_prompt_has_the_same_date_on_every_day() -> None:
-    calls = ("strftime_now('%d %B %Y')", 'strftime_now(format="%d %B %Y")', "date_string")
-    for dated in (f"{{{{ {call} }}}}" for call in calls):
-        encoded = [
-            sft_task(byte_tokenizer(chat=day + CHAT)).encode(["fell"], ["rose"], ()).ids[0]
-            for day in (dated, "01 January 2025" if "now" in dated else "01 Jan 2025")
-        ]
-        assert encoded[0] == encoded[1]
-    unknown = "{% set f = '%d' %}{{ strftime_now(f) }}" + CHAT
-    with pytest.raises(InputError, match="today's date in a format that is no text"):
-        sft_task(byte_tokenizer(chat=unknown)).encode(["fell"], ["rose"], ())
-
-
 def test_generation_ends_at_the_mark_of_a_turn_that_other_tokens_follow() -> None:
     tokenizer = byte_tokenizer(
         chat=CHAT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
@@ -208,47 +154,6 @@ def test_generation_ends_at_the_mark_of_a_turn_that_other_tokens_follow() -> Non
     assert encoding.around().after == "<|end|>\n<|endoftext|>"
     ends = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
     assert encoding.end_tokens() == sorted(ends)
-
-
-@pytest.mark.parametrize("make", [label_task, sft_task])
-def test_a_template_longer_than_the_maximum_is_refused(make: object) -> None:
-    task = make(byte_tokenizer(chat=CHAT), 4)  # type: ignore[operator]
-    with pytest.raises(
-        InputError, match=r"max-length leaves [34] tokens, but the prompt alone has \d+"
-    ):
-        task.encode(["ok"], ["positive"], LABELS)
-
-
-@pytest.mark.parametrize("make", [label_task, sft_task])
-def test_no_row_decides_whether_rows_can_be_encoded(make: object) -> None:
-    """Where a prompt's tokens merge with a text's, the prompt needs more room beside others."""
-    merging = Tokenizer(
-        models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "\n": 5}, [("a", "b"), ("b", "c")])
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="c")
-    task = choose_task(
-        "classification" if make is label_task else "sft",
-        "causal",
-        tokenizer,
-        prompt="{text}bc\n",
-        max_length=2 if make is label_task else 3,
-    )
-    labels = ("a", "b") if make is label_task else ()
-    for texts in (["c", "c"], ["c", "a"], ["", "a"]):
-        encoded = task.encode(texts, ["b", "a"], labels)
-        assert all(0 < len(ids) <= 3 for ids in encoded.ids)
-        if make is sft_task:
-            pairs = zip(encoded.ids, encoded.targets, strict=True)
-            assert all(0 < start < len(ids) for ids, start in pairs)
-
-
-@pytest.mark.parametrize("prompt", ["", "{text}"])
-def test_an_sft_row_without_a_prompt_begins_with_an_end_token(prompt: str) -> None:
-    tokenizer = byte_tokenizer()
-    task = choose_task("sft", "causal", tokenizer, prompt=prompt, max_length=60)
-    encoded = task.encode([""], ["rose"], ())
-    (ids,), (start,) = encoded.ids, encoded.targets
-    assert start == 1 and tokenizer.decode(ids[start:]).strip() == "rose<|endoftext|>"
 
 
 def test_the_encoding_key_changes_with_whatever_changes_the_encoding(tmp_path: Path) -> None:

@@ -61,16 +61,6 @@ def test_rows_come_in_the_order_asked_for_and_no_token_is_copied() -> None:
         assert np.shares_memory(one.row(1), ABC.corpus.tokens)
 
 
-def test_rows_of_two_corpora_cannot_be_one_shard() -> None:
-    with pytest.raises(ValueError, match="several corpora"):
-        concatenate([ABC, shard(([4], 1))])
-
-
-def test_a_shard_of_unequal_columns_cannot_be_made() -> None:
-    with pytest.raises(ValueError, match="3 rows, 2 units"):
-        replace(ABC, units=np.array([0, 1]))
-
-
 @given(st.permutations(range(6)), st.permutations(range(3)))
 def test_the_fingerprint_ignores_the_order_of_rows_and_the_numbers_of_units(
     order: list[int], numbers: list[int]
@@ -97,15 +87,6 @@ def test_the_fingerprint_changes_with_records_copies_and_grouping_but_not_with_t
     assert retokenised.fingerprint == base.fingerprint
 
 
-def test_what_follows_from_an_institutions_records_is_computed_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one = federation()
-    first = one.train(1).fingerprint
-    monkeypatch.setattr(Shard, "records", None)
-    assert one.train(1).fingerprint == first
-
-
 def test_a_shard_made_of_another_never_has_its_fingerprint() -> None:
     base = shard(([10], 0), ([11], 1), ([12], 0))
     whole = federation()
@@ -125,17 +106,6 @@ def test_each_unit_has_its_rows_in_order_and_there_is_no_other_unit() -> None:
     for outside in (-1, 3):
         with pytest.raises(IndexError):
             grouped.rows_of_unit(outside)
-
-
-def test_there_are_no_training_rows_of_an_unknown_institution() -> None:
-    for outside in (-1, 2):
-        with pytest.raises(IndexError):
-            federation().train(outside)
-
-
-def test_rows_of_no_source_have_no_fingerprint() -> None:
-    with pytest.raises(IndexError):
-        _ = shard_of(Encoded(ids=[[1]], targets=[0], truncated=[False])).fingerprint
 
 
 def test_a_federations_fingerprint_says_who_holds_what() -> None:

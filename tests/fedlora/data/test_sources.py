@@ -1,16 +1,11 @@
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from fedlora.data import sources
 from fedlora.errors import InputError
-from tests.conftest import shared_data
 
 TEXT_LABEL = {"text": "data.text", "label": "data.label"}
 
@@ -81,39 +76,6 @@ def test_jsonl_takes_numbers_and_nulls_and_skips_blank_lines(tmp_path: Path) -> 
     }
 
 
-def test_parquet_columns_of_any_plain_type_become_text(tmp_path: Path) -> None:
-    table = pa.table(
-        {
-            "text": pa.array(["a", None, "a"]).dictionary_encode(),
-            "label": pa.array([1, 2, None]),
-            "more": pa.array([[1], [2], [3]]),
-        }
-    )
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    source = str(tmp_path / "a.parquet")
-    assert sources.read(source, TEXT_LABEL) == {"text": ["a", "", "a"], "label": ["1", "2", ""]}
-    with pytest.raises(InputError, match="holds a list"):
-        sources.read(source, {"more": "data.text"})
-    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "none.parquet")
-    with pytest.raises(InputError, match="has no row"):
-        sources.read(str(tmp_path / "none.parquet"), TEXT_LABEL)
-    with pytest.raises(InputError, match="cannot be read"):
-        sources.read(write(tmp_path / "b.parquet", "no parquet"), TEXT_LABEL)
-
-
-def test_a_date_beyond_those_of_python_is_one_line_that_names_the_column(tmp_path: Path) -> None:
-    """Banks write 9999-12-31 for no end; in some time zones that is in the year 10000."""
-    late = pa.array([253402300799], pa.timestamp("s", "Europe/Berlin"))
-    table = pa.table({"text": late, "label": pa.array(["b"]), "raw": pa.array([b"x"])})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    source = str(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"cannot be read: column 'text': .*mend the file$"):
-        sources.read(source, TEXT_LABEL)
-    assert sources.read(source, {"label": "data.label"}) == {"label": ["b"]}
-    with pytest.raises(InputError, match=r"holds a bytes.* write it as text"):
-        sources.read(source, {"raw": "data.text"})
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -128,26 +90,6 @@ def test_a_date_beyond_those_of_python_is_one_line_that_names_the_column(tmp_pat
 def test_a_source_that_is_not_there_says_what_to_do(source: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         sources.read(source, TEXT_LABEL)
-
-
-def test_records_that_are_closed_to_this_user_are_one_line_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = write(tmp_path / "a.csv", "text,label\na,b\n")
-
-    def closed(*_: object, **__: object) -> None:  # root may open everything
-        raise PermissionError(13, "Permission denied")
-
-    for name, source in (
-        ("open", file),
-        ("is_file", file),
-        ("is_dir", file),
-        ("iterdir", tmp_path),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, name, closed)
-            with pytest.raises(InputError, match=r"Permission denied; let user \d+, who runs"):
-                sources.read(str(source), TEXT_LABEL)
 
 
 def test_a_file_in_a_package_is_found_without_importing_the_package(
@@ -185,15 +127,6 @@ def test_us_gaap_has_a_row_for_each_concept_and_industry(
     }
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("edgar"), reason="edgartools is not installed")
-def test_the_installed_us_gaap_mapping_has_the_known_size() -> None:
-    rows = sources.read(sources.US_GAAP, {**TEXT_LABEL, "industry": "data.partition"})
-    assert len(rows["text"]) == 10_073
-    assert len(set(rows["industry"])) == 48
-    assert len(set(rows["label"])) == 6
-    assert "edgar" not in sys.modules
-
-
 def test_a_hub_data_set_gives_the_names_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -212,44 +145,3 @@ def test_a_hub_data_set_gives_the_names_of_its_classes(monkeypatch: pytest.Monke
     assert rows == {"text": ["a", "b", "c"], "label": ["up", "", "down"]}
     sources.read("hub:owner/news", TEXT_LABEL)
     assert asked == [("owner/news", "small", "test"), ("owner/news", None, "train")]
-
-
-def test_a_hub_data_set_that_cannot_be_loaded_is_an_input_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import datasets
-
-    def load(name: str, config: str | None, split: str) -> None:
-        raise ConnectionError("no\nroute")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match=r"'hub:news' .* ConnectionError: no route; check the"):
-        sources.read("hub:news", TEXT_LABEL)
-
-
-@pytest.mark.parametrize(
-    ("file", "columns", "rows", "classes"),
-    [
-        ("fpb/fpb.csv", "text label", 4846, 3),
-        ("tfns/train.csv", "text label", 9543, 3),
-        ("tfns/valid.csv", "text label", 2388, 3),
-        ("sentfin/sentfin_long.csv", "text entity label", 14_405, 3),
-        ("cfpb/complaints.csv", "narrative company product", 3940, 10),
-        ("banking77/train.csv", "text category", 10_003, 77),
-        ("banking77/test.csv", "text category", 3080, 77),
-        ("fiqa/fiqa.csv", "text target kind label", 1173, 3),
-        ("german_credit/germancredit.csv", "purpose creditability", 1000, 2),
-    ],
-)
-def test_real_files_are_read_whole(file: str, columns: str, rows: int, classes: int) -> None:
-    table = sources.read(str(shared_data(file)), dict.fromkeys(columns.split(), "data.text"))
-    assert {len(values) for values in table.values()} == {rows}
-    assert len(set(table[columns.split()[-1]])) == classes
-    assert all(value for values in table.values() for value in values)
-
-
-def test_files_whose_names_differ_in_case_are_not_one_institution(tmp_path: Path) -> None:
-    for name in ("Nord.csv", "nord.csv"):
-        write(tmp_path / name, "text,label\na,b\n")
-    with pytest.raises(InputError, match=r"two files of one institution, '[Nn]ord'"):
-        sources.institution_files(str(tmp_path))

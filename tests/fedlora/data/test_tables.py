@@ -1,8 +1,5 @@
 """Tables that a process holds as sources."""
 
-import datetime
-import decimal
-
 import datasets
 import numpy as np
 import pandas
@@ -39,32 +36,11 @@ def test_every_kind_of_table_gives_the_same_rows_under_the_same_name(table):
     assert source == read(COLUMNS)[0]
 
 
-def test_columns_may_be_series_and_arrays():
-    series = pandas.Series(["a", pandas.NA, "c"], dtype="string")
-    _, rows = read({"text": series, "label": np.array([1, 2, 3])})
-    assert rows == {"text": ["a", "", "c"], "label": ["1", "2", "3"]}
-    _, rows = read({"text": ["a", pandas.NA], "label": ["x", "y"]})
-    assert rows["text"] == ["a", ""]
-
-
 def test_missing_values_are_empty_texts_and_numbers_are_texts():
     frame = pandas.DataFrame({"text": ["a", None, np.nan], "label": [1.5, np.nan, 2]})
     assert read(frame)[1] == {"text": ["a", "", ""], "label": ["1.5", "", "2.0"]}
     frame = pandas.DataFrame({0: ["a"], "label": np.array([7])})
     assert read(frame, {"0": "data.text", "label": "data.label"})[1] == {"0": ["a"], "label": ["7"]}
-
-
-def test_decimals_and_dates_are_texts_and_those_that_are_none_are_missing():
-    day = datetime.date(2024, 2, 3)
-    table = {
-        "text": [day, pandas.Timestamp("2024-02-03 04:05"), pandas.NaT],
-        "label": [decimal.Decimal("1.50"), decimal.Decimal("NaN"), datetime.datetime(2024, 2, 3)],
-    }
-    for one in (table, pandas.DataFrame(table, dtype=object)):
-        assert read(one)[1] == {
-            "text": ["2024-02-03", "2024-02-03T04:05:00", ""],
-            "label": ["1.50", "", "2024-02-03T00:00:00"],
-        }
 
 
 def test_a_dictionary_of_tables_names_the_institution_of_each_row():
@@ -97,12 +73,6 @@ def test_a_dictionary_of_tables_names_the_institution_of_each_row():
 def test_a_table_that_is_none_is_refused(table):
     with pytest.raises(InputError):
         read(table)
-
-
-def test_rows_are_gone_after_the_block():
-    source, _ = read(COLUMNS)
-    with pytest.raises(InputError, match=r"another Python process.*data="):
-        sources.read(source, WANTED)
 
 
 def test_files_of_a_directory_or_glob_are_institutions(tmp_path):

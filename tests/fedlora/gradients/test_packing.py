@@ -186,22 +186,3 @@ def test_what_one_example_holds_never_reaches_another():
     assert row.outer(x, y)[fine].isfinite().all()
     assert row.outer(y, x)[fine].isfinite().all()
     assert row.sums(x)[fine].isfinite().all()
-
-
-def test_examples_in_any_order_of_widths_get_what_sorted_ones_get():
-    lengths, widths = np.array([9, 3, 17, 8, 1]), np.array([16, 8, 24, 8, 8])
-    row = packing.Packing(lengths, widths, total=44, slots=5, device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(44, n, generator=generator) for n in (5, 3))
-    places = [slice(end - n, end) for n, end in zip(lengths, lengths.cumsum(), strict=True)]
-    each = [x[place] for place in places]
-    torch.testing.assert_close(row.sums(x), torch.stack([part.sum(0) for part in each]))
-    torch.testing.assert_close(row.means(x), torch.stack([part.mean(0) for part in each]))
-    outers = torch.stack([x[place].T @ y[place] for place in places])
-    torch.testing.assert_close(row.outer(x, y), outers)
-    torch.testing.assert_close(row.unpad(row.pad(x))[:38], x[:38])
-    e = torch.randn(5, 2, generator=generator)
-    torch.testing.assert_close(row.spread(e)[:38], e.repeat_interleave(torch.tensor(lengths), 0))
-    repeated = torch.autograd.grad(row.sums(x.requires_grad_()).mul(e.sum(1)[:, None]).sum(), x)
-    expected = e.sum(1).repeat_interleave(torch.tensor(lengths))[:, None].expand(38, 5)
-    torch.testing.assert_close(repeated[0][:38], expected)

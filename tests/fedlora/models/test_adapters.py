@@ -1,6 +1,5 @@
 """What is attached, how it travels, and that PEFT opens what is saved."""
 
-import json
 import re
 
 import pytest
@@ -53,21 +52,6 @@ def test_peft_opens_a_saved_adapter_with_the_same_outputs(
         torch.testing.assert_close(outputs(opened.eval()), outputs(model), rtol=1e-5, atol=1e-5)
 
 
-def test_saving_again_replaces_the_files_and_leaves_nothing_else(directories, tmp_path):
-    model = trained(load(directories / "bert"))
-    state = AdapterState.read(model)
-    state.save(tmp_path, model)
-    _zeros(state).save(tmp_path, model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    assert all((t == 0).all() for t in AdapterState.open(tmp_path).values())
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] is None and config["task_type"] == "SEQ_CLS"
-    assert config["modules_to_save"] == ["classifier"] and config["inference_mode"] is True
-
-
 def test_a_missing_or_damaged_adapter_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         AdapterState.open(tmp_path)
@@ -90,11 +74,6 @@ def test_loading_copies_in_place_and_refuses_what_does_not_fit(directories):
     assert state[name].abs().sum() > 0  # what was read is a copy
 
 
-def test_a_state_is_sorted_and_counts_its_bytes():
-    state = AdapterState({"b": torch.ones(2, 3), "a": torch.ones(4)})
-    assert list(state) == ["a", "b"] and state.num_bytes == 40
-
-
 def test_parts_and_layers_follow_from_the_name(directories):
     state = AdapterState.read(trained(load(directories / "bert"), "dora"))
     head = [n for n in state if adapters.kind(n) == "head"]
@@ -112,12 +91,6 @@ def test_parts_and_layers_follow_from_the_name(directories):
     assert layers[path].residual is None
     whole = {name: t for at, layer in layers.items() for name, t in layer.named(at).items()}
     assert whole.keys() | set(head) == state.keys()
-
-
-def test_a_layer_with_one_factor_of_two_is_an_error_and_not_left_out():
-    for end in ("A", "B"):
-        with pytest.raises(KeyError, match=r"q\.lora_"):
-            AdapterState({f"q.lora_{end}.weight": torch.ones(1, 1)}).layers()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from transformers import AutoModel
 from fedlora.errors import InputError
 from fedlora.gradients import attention
 from fedlora.models import base_directory, model_files, models, weights
-from tests.cli.test_main import invoke
 
 
 @pytest.fixture
@@ -126,13 +125,6 @@ def test_what_could_change_the_model_beside_its_digest_is_refused_before_it_is_l
         assert "\n" not in str(error.value) and str(base) in str(error.value)
 
 
-@pytest.mark.parametrize("plant", [a_missing_weight, one_name_in_two_files])
-def test_weights_that_are_not_those_of_the_architecture_are_refused(base, plant):
-    plant(base)
-    with pytest.raises(InputError):
-        load(base)
-
-
 def test_a_parameter_that_the_architecture_lacks_is_refused(base, monkeypatch):
     build = AutoModel.from_config
     grown = []
@@ -165,17 +157,6 @@ def test_each_file_that_is_read_is_in_the_digest_and_no_other_is(base):
         assert base_directory.digest(files) == before
     (base / "README.md").write_text("about something else")
     assert base_directory.digest(model_files.resolve(str(base))) == before
-
-
-def test_a_directory_of_links_has_the_digest_and_the_weights_of_its_files(base, tmp_path):
-    links = tmp_path / "links"
-    links.mkdir()
-    for file in base.iterdir():
-        (links / file.name).symlink_to(file)
-    one, other = load(base), load(links)
-    assert one.digest == other.digest
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def changes_while_loading(monkeypatch, change):
@@ -219,27 +200,3 @@ def test_a_link_that_points_elsewhere_while_the_model_is_loaded_is_refused(base,
 def test_attention_is_set_by_fedlora_whatever_the_directory_says(base, named):
     set_config(config={"_attn_implementation": named})(base)
     assert load(base).model.config._attn_implementation == attention.NAME
-
-
-@pytest.mark.parametrize("plant", ["adapter", "kernel"])
-def test_every_command_refuses_such_a_base_and_writes_nothing(base, tmp_path, tiny_config, plant):
-    config = tmp_path / "x.toml"
-    config.write_text(
-        tiny_config(**{"model.name": str(base), "run-dir": "", "federation.rounds": 1}).to_toml()
-    )
-    done, out = tmp_path / "done", tmp_path / "out"
-    inline = ("--engine", "inline")
-    assert not invoke("run", config, "--out", done, *inline).exit_code
-    before = {file: file.read_bytes() for file in done.rglob("*") if file.is_file()}
-    PLANTS[plant](base)
-    for command in (
-        ("run", config, "--out", out, *inline),
-        ("check", config),
-        ("predict", done, "loan"),
-        ("evaluate", done, "--data", tiny_config().data.source),
-        ("merge", done, "--out", out),
-    ):
-        assert invoke(*command).exit_code == 2, command
-        assert not out.exists(), command
-    assert invoke("verify", done).exit_code == 3
-    assert before == {file: file.read_bytes() for file in done.rglob("*") if file.is_file()}

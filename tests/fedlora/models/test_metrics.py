@@ -70,10 +70,3 @@ def test_what_accuracy_has_to_beat_and_a_model_that_says_one_thing_only():
     assert metrics.majority_macro_f1(classes) == metrics.macro_f1(["a", "b", "b"], ["b"] * 3) == 0.4
     for known in ((), ("a", "b")):  # rows of one class show nothing
         assert metrics.only_prediction(metrics.per_class(["a"], ["a"], known)) is None
-
-
-def test_a_loss_that_was_not_finite_makes_the_pooled_loss_so():
-    cells = [{"n": 2, "loss": 0.5}, {"n": 1, "loss": None}]  # JSON has no NaN
-    assert math.isnan(metrics.pooled(cells)["loss"])
-    assert metrics.pooled([cells[0], {"n": 1, "loss": "inf"}])["loss"] == math.inf
-    assert metrics.pooled([cells[0], {"n": 2, "loss": 1.5}])["loss"] == 1.0

@@ -1,7 +1,6 @@
 """Tasks: losses against hand computation, no leak between rows, metrics against scikit-learn."""
 
 import math
-import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +23,6 @@ from fedlora.data.batches import rounded
 from fedlora.data.data import shard_of
 from fedlora.errors import InputError
 from fedlora.models import metrics, tasks
-from fedlora.models.sft import Sft
-from fedlora.privacy.streams import RandomSource
 from tests.fedlora.small_models import CHAT, byte_tokenizer, encoder_tokenizer, label_task, sft_task
 
 LABELS = ("negative", "neutral", "positive")
@@ -192,23 +189,6 @@ def test_a_causal_model_reads_padded_rows_at_the_positions_that_it_gives_one_row
         torch.testing.assert_close(found[i], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
-def test_an_answer_is_written_at_the_positions_that_a_model_gives_one_row(family) -> None:
-    tokenizer = byte_tokenizer()
-    pad = tokenizer.convert_tokens_to_ids("~")
-    made = {"llama": llama, "gpt2": gpt2, "roberta": lambda n: roberta(n, pad)}[family]
-    model = made(len(tokenizer)).eval()
-    task = sft_task(tokenizer, max_length=40)
-    rows = shard_of(task.encode(TEXTS, [""] * len(TEXTS), ()))
-    written = task._generate(model, rows, np.arange(len(rows)), 3)
-    for i, said in enumerate(written):
-        ids = torch.tensor(rows.row(i)[: rows.targets[i]], dtype=torch.int64)
-        before = len(ids)
-        for _ in range(3):
-            ids = torch.cat([ids, model(ids[None]).logits[0, -1].argmax()[None]])
-        assert said == task._text(ids[before:].numpy())
-
-
 def test_encoder_losses_are_cross_entropy_of_the_logits() -> None:
     task = choose_task("classification", "encoder", encoder_tokenizer(), prompt="", max_length=9)
     rows = shard_of(task.encode(["a b c", "d"], ["y", "x"], ("x", "y")))
@@ -252,71 +232,6 @@ def _scores(task, model, rows, labels):
     for some, of_them in task._scored(model, rows, labels):
         scores[some] = of_them
     return scores
-
-
-def test_figures_are_those_of_the_scores_of_all_rows_and_these_are_never_in_memory() -> None:
-    """The scores of 600 rows are 600 x 900 numbers of four bytes, 2.2 MB."""
-    task = choose_task("classification", "encoder", encoder_tokenizer(), prompt="", max_length=9)
-    labels = tuple(f"class {i:03}" for i in range(900))
-    draw = np.random.default_rng(3)
-    texts = [" ".join(draw.choice(list("abcdef"), draw.integers(1, 7))) for _ in range(600)]
-    truth = [labels[i] for i in draw.integers(0, 900, 600)]  # also where texts are equal
-    rows = shard_of(task.encode(texts, truth, labels))
-    model = MeanPooled(900).eval()
-    result = task.evaluate(model, rows, labels)
-    scores = _scores(task, model, rows, labels)
-    whole = torch.tensor(scores)
-    loss = torch.nn.functional.cross_entropy(whole, torch.tensor(rows.targets))
-    assert result["loss"] == float(loss)
-    said, probabilities = task.predict(model, rows, labels)
-    assert said == [labels[i] for i in scores.argmax(1)]
-    assert result["accuracy"] == metrics.accuracy(truth, said)
-    assert np.array_equal(probabilities, whole.softmax(1).numpy())
-    tracemalloc.start()
-    try:
-        assert task.evaluate(model, rows, labels) == result
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert most < scores.nbytes
-
-
-def test_an_empty_shard_cannot_be_evaluated() -> None:
-    task = sft_task(byte_tokenizer())
-    with pytest.raises(InputError, match="0 rows to evaluate"):
-        task.evaluate(llama(8), shard_of(task.encode([], [], ())), ())
-
-
-def test_predictions_are_the_same_whatever_the_batch() -> None:
-    tokenizer = byte_tokenizer(chat=CHAT)
-    model = llama(len(tokenizer))
-    for task, labels in ((label_task(tokenizer), LABELS), (sft_task(tokenizer), ())):
-        rows = shard_of(task.encode(TEXTS, ANSWERS, labels))
-        said = []
-        for task.physical_batch in (1, 4):
-            sft = isinstance(task, Sft)
-            short = task._generate(model, rows, np.arange(6), 8) if sft else None
-            said.append(short or task.predict(model, rows, labels)[0])
-        assert said[0] == said[1]
-        assert said[0][1] == said[0][4]  # the same text twice
-
-
-def test_probabilities_of_a_batch_are_those_of_all_rows_to_the_last_bit() -> None:
-    generator = np.random.default_rng(1)
-    for classes in (2, 5, 77):
-        labels = tuple(f"class {n}" for n in range(classes))
-        task = choose_task(
-            "classification", "encoder", encoder_tokenizer(), prompt="", max_length=9
-        )
-        texts = [" ".join(generator.choice(list("abcdef"), size=n % 7 + 1)) for n in range(150)]
-        rows = shard_of(task.encode(texts, [labels[0]] * len(texts), labels))
-        model = MeanPooled(classes)
-        for task.physical_batch in (7, 64):
-            scores = _scores(task, model, rows, labels)
-            said, probabilities = task.predict(model, rows, labels)
-            assert said == [labels[int(i)] for i in scores.argmax(1)]
-            whole = torch.tensor(scores).softmax(1).numpy()
-            assert probabilities is not None and (probabilities == whole).all()
 
 
 def test_answers_to_texts_are_labels_of_the_set() -> None:
@@ -369,28 +284,6 @@ def test_a_model_that_learned_its_responses_generates_and_ends_them() -> None:
         suppress_tokens=tokenizer("positive")["input_ids"],
     )  # fmt: skip
     assert task.evaluate(model, rows, ()) == result
-
-
-def test_references_that_differ_in_case_are_one_answer() -> None:
-    task, texts, answers = sft_task(byte_tokenizer()), ["fell", "rose", "flat"], ["Ok", "ok", "x"]
-    rows = shard_of(task.encode(texts, answers, ()))
-    model = llama(len(byte_tokenizer()))
-    sampled = RandomSource.seeded("generated rows", 0).permutation(3)
-    task._generate = lambda *_: [answers[i].swapcase() for i in sampled]  # type: ignore[method-assign]
-    result = task.evaluate(model, rows, ())
-    assert (result["accuracy"], result["unparseable"], result["exact_match"]) == (1.0, 0, 0.0)
-    assert set(result["per_class"]) == {"Ok", "x"}
-
-
-def test_a_response_ends_where_the_model_has_no_more_positions() -> None:
-    tokenizer = byte_tokenizer()
-    model = gpt2(len(tokenizer))  # 128 positions
-    task = choose_task("sft", "causal", tokenizer, prompt="{text}", max_length=128)
-    texts = ["fell", "y" * 120, "y" * 200]
-    prompts = task.encode(texts, [""] * 3, ())
-    said, _ = task.predict(model, shard_of(prompts), ())
-    assert len(said) == 3 and sum(prompts.truncated) == 1
-    assert task.evaluate(model, shard_of(task.encode(texts, ["rose " * 40] * 3, ())), ())["n"] == 3
 
 
 def test_pooled_metrics_are_those_of_all_rows_together() -> None:

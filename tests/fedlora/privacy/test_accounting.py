@@ -86,22 +86,6 @@ def test_n_releases_without_sampling_equal_one_with_a_root_n_less_noise() -> Non
     assert many == pytest.approx(one, rel=0.005)
 
 
-SMALL = {  # and how much of it
-    "one release": (event(1000.0, 1.0, 1), 0.01),
-    "some steps": (event(1000.0, 0.25, 40), 0.01),
-    "many quiet steps": (event(20.0, 0.01, 10_000), 0.01),
-    "a usual plan": (event(12.0, 0.25, 40), 0.005),
-}
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_small_epsilon_is_above_the_truth_by_little(name) -> None:
-    one, loose = SMALL[name]
-    interval = epsilon([one], 1e-5) / 2000 / max(1.0, math.sqrt(one.steps / 40))
-    reference = google([one], 1e-5, "prv", interval=min(1e-4, interval))
-    assert reference <= epsilon([one], 1e-5) <= (1 + loose) * reference
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0])
 def test_at_no_rate_from_three_tenths_on_is_epsilon_below_googles(rate) -> None:
@@ -146,13 +130,6 @@ def test_the_noise_is_the_least_on_a_grid_of_four_digits() -> None:
         assert found == sigma
         assert epsilon([event(sigma, 0.2, 30)], 1e-5) <= target
         assert epsilon([event(sigma - (1e-4 if sigma < 1 else 1e-3), 0.2, 30)], 1e-5) > target
-
-
-def test_with_noise_so_large_that_nothing_leaks_epsilon_is_small_and_not_negative() -> None:
-    for sigma in (1e5, 1e8):
-        for rate in (0.25, 1.0):
-            assert 0 <= epsilon([event(sigma, rate, 1)], 1e-5, "prv") < 1e-3
-            assert 0 <= epsilon([event(sigma, rate, 1)], 1e-5, "rdp") < 0.01
 
 
 def test_noise_without_a_finite_epsilon_is_an_error_and_not_a_number() -> None:
@@ -225,14 +202,6 @@ def test_a_plan_on_a_spent_budget_is_refused() -> None:
             epsilon=2, delta=1e-5, sample_rate=0.25, steps=1, history=[event(1.0, 0.25, 40)]
         )
     assert refusal.value.code == "budget-exhausted"
-
-
-def test_a_target_that_no_noise_reaches_is_an_error() -> None:
-    with pytest.raises(InputError, match="raise epsilon or delta"):
-        noise_multiplier(epsilon=1e-9, delta=1e-5, sample_rate=0.25, steps=40)
-    for target in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(InputError, match="epsilon is"):
-            noise_multiplier(epsilon=target, delta=1e-5, sample_rate=0.25, steps=40)
 
 
 @pytest.mark.parametrize(

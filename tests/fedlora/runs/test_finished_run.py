@@ -18,16 +18,15 @@ from typer.testing import CliRunner
 
 from cli.main import app as cli
 from fedlora.config import config
-from fedlora.models import label_words, model_files, trainable
-from fedlora.runs import finished_run, model_card, run_files
-from fedlora.models.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.errors import InputError
+from fedlora.models import model_files, trainable
+from fedlora.models.adapters import WEIGHTS_FILE, AdapterState
 from fedlora.rounding import at_most
+from fedlora.runs import finished_run, model_card
 from fedlora.runs.run_files import read_run_file
-from simulation.result import Result
-from server import verification
-from server.start import origins, start_adapter
+from server.start import start_adapter
 from simulation import run
+from simulation.result import Result
 from tests.fedlora.small_models import byte_tokenizer
 
 READER = """
@@ -201,11 +200,6 @@ def test_an_own_model_answers_elsewhere_as_here_and_its_cards_say_that_it_must_n
         finished_run.evaluate(run_dir, str(complaints), "nobody", own_model=True)
 
 
-def test_a_run_without_own_models_says_so(classifier):
-    with pytest.raises(InputError, match=r"institution is Alpha, .* no own models; .*home\.method"):
-        finished_run.predict(classifier, ["a card"], "Alpha", own_model=True)
-
-
 def on_merged(directory, source, **values):
     """A finished run of one round on the base ``merged`` of the directory."""
     base = {"model.name": str(directory / "merged"), "data.source": str(source)}
@@ -271,166 +265,6 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
     (tmp_path / "merged" / "merged.json").write_text("{")
     with pytest.raises(InputError, match=r"merged\.json cannot be read"):
         start_adapter(config, work)
-
-
-def test_a_merged_model_names_the_runs_that_it_goes_back_to(classifier, complaints, tmp_path):
-    """Merged without DP, then trained on under DP on other records, and merged once more."""
-    finished_run.merge(classifier, tmp_path / "merged")
-    others = tmp_path / "others.csv"
-    others.write_bytes(complaints.read_bytes() + complaints.read_bytes().splitlines()[1] + b"\n")
-    again = on_merged(tmp_path, others, **{"privacy.epsilon": 8.0, "privacy.noise": "secure"})
-    first, source = read_run_file(classifier)["run"], complaints.name
-    assert read_run_file(again)["origins"] == [{"run": first, "source": source, "private": False}]
-    said = f"trained by the run {first} on `{source}` without a promise"
-    assert said in (again / "adapter" / "README.md").read_text()
-    promise = read_run_file(again, "privacy.json")["protects"]
-    assert "The run started from a base model of an earlier run (merged.json)" in promise
-    assert all(one.state == "ok" for one in verification.verify(again) if one.name == "promise")
-    finished_run.merge(again, tmp_path / "twice")
-    assert said in (tmp_path / "twice" / "README.md").read_text()
-    known = finished_run.configuration(classifier, {})
-    config = known.replace({"model.name": str(tmp_path / "twice"), "privacy.epsilon": 1.0})
-    with pytest.raises(InputError, match=f"the run {first}, from which it was merged"):
-        start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
-
-
-def test_a_merged_model_is_known_by_its_file_wherever_it_lies(classifier, tmp_path, monkeypatch):
-    finished_run.merge(classifier, tmp_path / "merged")
-    here = model_files.resolve(str(tmp_path / "merged"))
-    monkeypatch.setattr(model_files, "_from_hub", lambda name: here)
-    (this,) = model_files.origins_of_base("org/merged")
-    assert this["run"] == read_run_file(classifier)["run"]
-
-
-def test_a_run_names_the_runs_that_its_adapter_goes_back_to(classifier, tmp_path):
-    known = finished_run.configuration(classifier, {})
-    first, source = read_run_file(classifier)["run"], Path(known.data.source).name
-    once = {"run": first, "source": source, "private": False}
-    assert origins(known) == []
-    assert origins(known.replace({"adapter.start": str(classifier)})) == [once]
-    gone = str(tmp_path / "gone")
-    said = run_files.said_of_origins({"origins": origins(known.replace({"adapter.start": gone}))})
-    assert said.startswith(" What it started from (gone) is gone or was not written down, so nob")
-    assert origins(known.replace({"adapter.start": gone})) == [
-        {"run": "unknown", "source": "gone", "private": False}
-    ]
-    shutil.copytree(classifier, tmp_path / "second")
-    result = read_run_file(classifier) | {"run": "2", "origins": [once]}
-    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
-    second = known.replace({"adapter.start": str(tmp_path / "second")})
-    assert [of["run"] for of in origins(second)] == ["2", first]
-    assert model_files.licences(known.model.name) == []
-
-
-def test_a_run_that_goes_back_to_records_of_a_run_that_is_gone_is_refused(classifier, tmp_path):
-    """The earlier run was on other records, and says what it started from."""
-    known = finished_run.configuration(classifier, {})
-    shutil.copytree(classifier, tmp_path / "second")
-    other = known.replace({"data.source": str(tmp_path / "others.csv"), "privacy.epsilon": 8.0})
-    (tmp_path / "second" / "config.toml").write_text(other.to_toml())
-    gone = {"run": "1", "source": Path(known.data.source).name, "private": False}
-    result = read_run_file(classifier) | {"origins": [gone]}
-    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
-    config = known.replace({"adapter.start": str(tmp_path / "second"), "privacy.epsilon": 1.0})
-    work = trainable.load(config, ("card", "fraud", "loan"))
-    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
-        start_adapter(config, work)
-    start_adapter(config.replace({"privacy.epsilon": float("inf")}), work)
-    del result["run"]  # as an early version wrote it
-    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
-        start_adapter(config, work)
-    gone["private"] = True  # charged to the ledgers of a file of this name, but not of this run's
-    away = other.replace({"data.source": str(tmp_path / "elsewhere" / gone["source"])})
-    (tmp_path / "second" / "config.toml").write_text(away.to_toml())
-    (tmp_path / "second" / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match="it goes back to the run 1 on a data"):
-        start_adapter(config, work)
-    gone["run"] = "second"  # the run itself, by the name that it has without an identity
-    (tmp_path / "second" / "result.json").write_text(json.dumps(result | {"origins": [gone]}))
-    start_adapter(config, work)
-
-
-def test_a_run_without_an_identity_is_merged_under_its_directorys_name(classifier, tmp_path):
-    shutil.copytree(classifier, tmp_path / "early")
-    result = read_run_file(classifier)
-    del result["run"]
-    (tmp_path / "early" / "result.json").write_text(json.dumps(result))
-    finished_run.merge(tmp_path / "early", tmp_path / "merged")
-    (this,) = model_files.origins_of_base(str(tmp_path / "merged"))
-    assert this["run"] == "early"
-
-
-def test_an_audited_run_is_no_origin(classifier, tmp_path):
-    """Its records are those of the run that it audits, under another name."""
-    shutil.copytree(classifier, tmp_path / "audited")
-    (tmp_path / "audited" / "audited.json").write_text('{"source": "x.csv"}')
-    with pytest.raises(InputError, match="is an audited run"):
-        finished_run.merge(tmp_path / "audited", tmp_path / "merged")
-    known = finished_run.configuration(classifier, {})
-    config = known.replace({"adapter.start": str(tmp_path / "audited"), "privacy.epsilon": 1.0})
-    with pytest.raises(InputError, match="is an audited run, which was trained on planted"):
-        start_adapter(config, trainable.load(config, ("card", "fraud", "loan")))
-
-
-def test_a_merged_model_has_a_tokenizer_that_cuts_no_text(classifier, complaints, tmp_path):
-    finished_run.evaluate(classifier, str(complaints))  # the base that merge takes has encoded rows
-    finished_run.merge(classifier, tmp_path / "merged")
-    saved = json.loads((tmp_path / "merged" / "tokenizer.json").read_text())
-    assert saved["truncation"] is None and saved["padding"] is None
-
-
-def test_a_finished_run_opens_without_reading_labels(classifier, complaints, monkeypatch):
-    """Its own head is loaded: words that no longer give one must not stop it."""
-
-    def fail(*_):
-        raise AssertionError("the labels were read")
-
-    monkeypatch.setattr(label_words, "head", fail)
-    config = finished_run.configuration(classifier, {}).replace({"adapter.head": "labels"})
-    with pytest.raises(AssertionError, match="the labels were read"):
-        trainable.load(config, ("card", "fraud", "loan"))
-    expected = answers(classifier, texts_of(complaints))
-    monkeypatch.setattr(finished_run, "configuration", lambda *_: config)
-    assert answers(classifier, texts_of(complaints)) == expected
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_the_head_of_a_merged_classifier_is_trained_also_on_a_quantised_base(
-    classifier, tmp_path, quantization
-):
-    finished_run.merge(classifier, tmp_path / "merged")
-    values = {"model.name": str(tmp_path / "merged"), "model.quantization": quantization}
-    values["adapter.head"] = "labels"  # for heads that are not trained yet
-    config = finished_run.configuration(classifier, {}).replace(values)
-    work = trainable.load(config, ("card", "fraud", "loan"))
-    saved = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
-    head = work.start["base_model.model.classifier.weight"]
-    assert torch.equal(head, saved["classifier.weight"].float())
-
-
-def test_weights_that_change_in_their_place_are_loaded_anew(classifier, tmp_path):
-    finished_run.merge(classifier, tmp_path / "merged")
-    config = finished_run.configuration(classifier, {})
-    config = config.replace({"model.name": str(tmp_path / "merged")})
-    before = trainable.load(config, ("card", "fraud", "loan"))
-    file = tmp_path / "merged" / "model.safetensors"
-    tensors = {name: t + 1.0 for name, t in safetensors.torch.load_file(file).items()}
-    safetensors.torch.save_file(tensors, file, {"format": "pt"})
-    after = trainable.load(config, ("card", "fraud", "loan"))
-    assert after.base.digest != before.base.digest
-    assert trainable.load(config, ("card", "fraud", "loan")) is after
-
-
-def test_a_merged_classifier_of_other_classes_is_no_base(classifier, complaints, tmp_path):
-    """As many classes, in another order: its head would answer for others."""
-    finished_run.merge(classifier, tmp_path / "merged")
-    labels = ("loan", "fraud", "card")
-    known = finished_run.configuration(classifier, {})
-    config = known.replace({"model.name": str(tmp_path / "merged")})
-    with pytest.raises(InputError, match=r"of the classes \['card', 'fraud', 'loan'\]"):
-        trainable.load(config, labels)
-    trainable.load(config, ("card", "fraud", "loan"))
 
 
 def test_a_merge_that_is_cut_short_leaves_nothing_and_mixes_with_nothing(
@@ -523,13 +357,6 @@ def test_the_card_states_the_promise_and_no_number_of_records_under_dp(
     assert "max_length=12" in card
 
 
-def test_without_dp_the_card_says_so_and_counts_records(classifier):
-    card = (classifier / "adapter" / "README.md").read_text()
-    result = json.loads((classifier / "result.json").read_text())
-    assert "protects nobody" in card
-    assert f"- training records: {result['counts']['train']}" in card
-
-
 def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
     classifier, complaints
 ):
@@ -541,24 +368,6 @@ def test_scores_are_probabilities_of_all_classes_and_empty_texts_are_refused(
         finished_run.predict(classifier, ["stolen", " \n"])
     with pytest.raises(InputError, match="text 2 of 2 is a float; give a str"):
         finished_run.predict(classifier, ["stolen", float("nan")])
-
-
-def test_answers_may_leave_out_the_scores_of_all_classes_and_count_the_texts(
-    classifier, complaints, monkeypatch
-):
-    with complaints.open(newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
-    ours = finished_run.predict(classifier, texts)
-    monkeypatch.setattr(finished_run, "ENCODED", 7)
-    counts = []
-    found = finished_run.predict(classifier, texts, all_scores=False, show=counts.append)
-    assert found == ours | {
-        "answers": [
-            {key: value for key, value in one.items() if key != "scores"} for one in ours["answers"]
-        ]
-    }
-    assert counts == sorted(set(counts)) and counts[-1] == len(texts) and len(counts) > 1
-    assert finished_run.predict(classifier, [])["answers"] == []
 
 
 def test_evaluate_reads_other_columns_and_refuses_keys_of_the_model(
@@ -602,14 +411,6 @@ def test_a_base_model_that_lies_elsewhere_now_is_named_and_must_have_the_same_we
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match=r"is not the base that .*--set model.name=DIR"):
         finished_run.predict(run_dir, texts, "", moved)
-
-
-def test_a_gpu_asked_for_after_the_run_is_not_ignored(classifier, complaints, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=r"engine.gpus is 1, but torch finds no GPU"):
-        finished_run.evaluate(classifier, str(complaints), "", {"engine.gpus": 1.0})
-    with pytest.raises(InputError, match=r"engine.gpus is 1, but torch finds no GPU"):
-        finished_run.predict(classifier, ["a card"], "", {"engine.gpus": 1.0})
 
 
 @pytest.mark.parametrize(

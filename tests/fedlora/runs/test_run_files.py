@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import fedlora
-from fedlora.runs import run_files
 from fedlora.errors import InputError
-from fedlora.models.model_files import ONE_INSTITUTION
+from fedlora.runs import run_files
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,11 +57,6 @@ def test_a_copy_of_the_package_in_another_repository_reports_no_commit(repositor
     assert commit_seen_from(package) == ""
 
 
-def test_a_checkout_reports_its_own_commit(repository):
-    package = shutil.copytree(ROOT / "fedlora", repository / "fedlora")
-    assert commit_seen_from(package) == git(repository, "rev-parse", "HEAD")
-
-
 @pytest.mark.parametrize(
     "content", [None, b"{", b"\xff", b"[" * 100_000, b"5", b"[]", b'{"a": {"b": 1, "b": 2}}']
 )
@@ -85,12 +78,6 @@ def test_a_complete_run_is_read(tmp_path):
     assert run_files.read_run_file(tmp_path) == {"rounds": 3}
 
 
-def test_the_reported_version_is_that_of_the_code_and_not_of_an_old_installation(monkeypatch):
-    monkeypatch.setattr(run_files, "version", lambda _: "0.0.1")
-    versions = run_files.environment()["versions"]
-    assert versions["fedlora"] == fedlora.__version__ != versions["torch"] == "0.0.1"
-
-
 def test_latest_points_at_the_run_that_was_started_or_resumed_last(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     for name in ("one", "two", "one"):
@@ -107,15 +94,6 @@ def test_latest_points_at_the_run_that_was_started_or_resumed_last(tmp_path, mon
     assert (runs / "latest").readlink() == Path("one")
 
 
-def test_only_a_directory_runs_gets_a_link_and_nothing_of_the_users_is_replaced(tmp_path):
-    (tmp_path / "other" / "one").mkdir(parents=True)
-    run_files.link_latest(tmp_path / "other" / "one")
-    assert [p.name for p in (tmp_path / "other").iterdir()] == ["one"]
-    (tmp_path / "runs" / "latest").mkdir(parents=True)
-    run_files.link_latest(tmp_path / "runs" / "one")
-    assert not (tmp_path / "runs" / "latest").is_symlink()
-
-
 def test_the_lines_of_a_growing_file_are_each_read_once(tmp_path):
     file = tmp_path / "rounds.jsonl"
     lines = run_files.GrowingLines(file)
@@ -128,48 +106,3 @@ def test_the_lines_of_a_growing_file_are_each_read_once(tmp_path):
         opened.write(b'nd": 3}\n')
     assert lines.read() == [{"round": 1}, {"round": 2}, {"round": 3}]
     assert lines.read() == [{"round": 1}, {"round": 2}, {"round": 3}]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b'{"round": 1}\n',
-        b"",
-        b'{"round": 1}\n{"round": 7}\n{"round": 8}\n',
-        b'{"round": 1, "more": "than before"}\n{"round": 2}\n',
-    ],
-)
-@pytest.mark.parametrize("replaced", [True, False])
-def test_lines_of_a_file_that_was_cut_back_or_replaced_are_read_anew(tmp_path, content, replaced):
-    file = tmp_path / "rounds.jsonl"
-    file.write_bytes(b'{"round": 1}\n{"round": 2}\n')
-    lines = run_files.GrowingLines(file)
-    lines.read()
-    if replaced:
-        file.unlink()
-        assert lines.read() == []
-    file.write_bytes(content)
-    assert lines.read() == run_files.read_lines(file)
-    assert len(lines.read()) == content.count(b"\n")
-
-
-def test_a_damaged_line_is_found_by_each_reading(tmp_path):
-    file = tmp_path / "rounds.jsonl"
-    file.write_bytes(b'{"round": 1}\n{\n')
-    lines = run_files.GrowingLines(file)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="line 2"):
-            lines.read()
-    file.write_bytes(b'{"round": 1}\n{"round": 2}\n')
-    assert lines.read() == [{"round": 1}, {"round": 2}]
-
-
-def test_a_run_without_a_promise_is_named_once_and_each_start_that_is_gone():
-    own = [
-        {"run": "abc", "source": name, "private": False}
-        for name in ("bank.csv", ONE_INSTITUTION, "institutions")  # the run itself had no DP either
-    ]
-    gone = [{"run": run_files.UNKNOWN, "source": name, "private": False} for name in ("a", "b")]
-    private = [{"run": "def", "source": "institutions", "private": True}]
-    found = run_files.unprotected_origins({"origins": own + private + gone})
-    assert [one["source"] for one in found] == ["bank.csv", "institutions", "a", "b"]
