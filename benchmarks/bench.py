@@ -54,9 +54,7 @@ def rival(private: bool, repeats: int) -> list[float]:
         todo = work.Work(private=private, seed=turn + 1)
         with tempfile.TemporaryDirectory() as name:
             here = Path(name)
-            run = functools.partial(
-                measure.run, environment=work.environment(here / "cache"), cwd=here
-            )
+            run = functools.partial(measure.run, environment=work.environment(), cwd=here)
             ours = run(todo.fedlora(here / "run"))
             theirs = run(work.rival("flower", Path(sys.executable), todo.write(here)))
         ratios.append(theirs.seconds / ours.seconds)

@@ -137,11 +137,10 @@ def rival(name: str, python: Path, work: Path) -> list[str]:
     return [str(python), "-m", f"benchmarks.rival_{name}", str(work)]
 
 
-def environment(cache: Path) -> Mapping[str, str]:
-    """The environment of every side: no cache of another run, no telemetry."""
+def environment() -> Mapping[str, str]:
+    """The environment of every side: no telemetry."""
     return {
         **os.environ,
-        "FEDLORA_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -112,7 +112,6 @@ def main() -> None:
     """Answer the messages of the SuperNode at an address; its secret is in a file."""
     address, secret = sys.argv[1], Path(sys.argv[2])
     os.environ.update(startup.ENVIRONMENT)
-    os.environ["FEDLORA_CACHE"] = str(secret.with_name("cache"))
     logs.to_stderr()
     trainer = Trainer()
     try:

@@ -15,11 +15,6 @@ from fedlora.errors import InputError
 _UMASK = threading.Lock()
 
 
-def cache_directory() -> Path:
-    """The directory of caches: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
-    return expanded(os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora")
-
-
 def expanded(path: str) -> Path:
     """A path with ``~`` as the home directory.
 

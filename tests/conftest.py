@@ -56,12 +56,6 @@ def pytest_runtest_makereport():
     return report
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Tests neither read nor fill the user's cache."""
-    os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
 def memory_path():
     """A temporary directory, in memory where there is one, for tests that sync often."""

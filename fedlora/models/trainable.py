@@ -23,7 +23,7 @@ from fedlora.config.task_choice import choose_task
 from fedlora.data.data import shard_of
 from fedlora.data.encoding import Encoded
 from fedlora.errors import InputError, Refusal
-from fedlora.gradients import exactness, lora_layers, verdicts
+from fedlora.gradients import exactness, lora_layers
 from fedlora.gradients.per_sample import PerSampleAdapters
 from fedlora.models import adapters, base_directory, label_words, lora, model_files, models
 from fedlora.models.adapters import AdapterState
@@ -195,14 +195,11 @@ def _load(settings: _Settings) -> Trainable:
         _check_longest_row(peft_model, task, labels)
     per_sample = PerSampleAdapters(peft_model)
 
-    def examine() -> exactness.Verdict:
-        training_mode(peft_model, True)
-        try:
-            return exactness.examine(peft_model, per_sample, task, labels)
-        finally:
-            training_mode(peft_model, False)
-
-    verdict = verdicts.remembered(_question(settings, base), examine)
+    training_mode(peft_model, True)
+    try:
+        verdict = exactness.examine(peft_model, per_sample, task, labels)
+    finally:
+        training_mode(peft_model, False)
     if verdict.flaw and (settings.private or per_sample.has_dropout):
         raise InputError(
             f"model.name is {base.name!r}, whose layers in adapter.target-modules give no exact "
@@ -269,26 +266,6 @@ def _check_longest_row(model: Any, task: Task, labels: tuple[str, ...]) -> None:
             f"({' '.join(str(error).split())[:120]}); lower it by a few tokens: some models count "
             "positions from after padding"
         ) from None
-
-
-def _question(settings: _Settings, base: models.Base) -> dict[str, Any]:
-    """The properties of a loaded model that a verdict on it depends on; see `verdicts`."""
-    tokenizer: Any = base.tokenizer
-    device = settings.device
-    return {
-        "weights": base.digest,
-        "configuration": cast(Any, base.model.config).to_json_string(use_diff=False),
-        "adapter": dataclasses.asdict(dataclasses.replace(settings.adapter, start="", head="zero")),
-        "task": (
-            settings.model.task,
-            settings.max_length,
-            len(settings.labels),
-            tokenizer.pad_token_id,
-        ),
-        "checkpointing": settings.gradient_checkpointing,
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else device,
-        "threads": settings.threads,
-    }
 
 
 def forget() -> None:
