@@ -1,4 +1,4 @@
-# One image for every role: gateway, SuperLink, server, institution. Build: docker build -t fedlora:0.2.0 .
+# One image for every role: gateway, SuperLink, server, institution. Build: docker build -t fedlora:0.3.0 .
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 

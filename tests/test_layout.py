@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from experiments import sweep
 from fedlora.config import config
 
 ROOT = Path(__file__).parents[1]
+SIZES = ROOT / "docs" / "architecture.md"
 ALLOWED = {
     "fedlora": set(),
     "client": {"fedlora"},
@@ -144,3 +147,15 @@ def test_text_reaches_the_terminal_by_one_console_that_shows_it_as_it_is():
                 safe = ("json.dumps", "to_toml", "__version__")
                 assert any(word in printed for word in safe), f"{file}:{node.lineno}: {printed}"
     assert calls > 15
+
+
+ROWS = re.findall(r"\| lines of [^|]* \| ([0-9,]+) \| `(git .*wc -l)` \|", SIZES.read_text())
+
+
+@pytest.mark.parametrize(("most", "command"), ROWS, ids=["source", "institution", "tests"])
+def test_the_house_is_no_larger_than_its_page_says(most, command) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository, whose files are counted")
+    command = command.replace("\\|", "|")
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, check=True)
+    assert 1000 < int(found.stdout) <= int(most.replace(",", ""))
