@@ -342,7 +342,12 @@ def merge(
     if not own_model and config.federation.traits.local_parts:
         said += f" {model_card.KEPT_PART}"
     said += said_of_origins(result)
-    said = "\n\n".join([said, *(f"**The result is void, and the run accepted it: {text}.**" for text in void(result))])
+    said = "\n\n".join(
+        [
+            said,
+            *(f"**The result is void, and the run accepted it: {text}.**" for text in void(result)),
+        ]
+    )
     private = model_card.is_private(config, own_model=own_model) and config.privacy.promises
     of_one = own_model or bool(config.federation.traits.local_parts)
     this = origins_of_run(run_dir, config, result, own_model=of_one, private=private)
