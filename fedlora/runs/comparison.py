@@ -100,8 +100,8 @@ def summary(found: Mapping[str, Rows], labels: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         ``alone``, ``shared`` and ``own``: accuracy and macro-F1 over all rows. ``gain`` of own over
-        alone and ``gain_shared`` of shared over alone: mean over all rows, 95 % interval of a paired
-        bootstrap over texts and the number of different ``texts``; in ``gain`` also how many
+        alone and ``gain_shared`` of shared over alone: mean over all rows, 95 % interval of a
+        paired bootstrap over texts and the number of different ``texts``; in ``gain`` also how many
         institutions gain or lose by more than their own interval, of those with `MIN_TEXTS` texts.
         ``new`` and ``few``: rows, accuracies, gain and its interval on rows of classes of which
         their institution has no training record, and 1 to `FEW`. ``institutions``: name -> the

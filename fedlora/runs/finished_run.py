@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora.data import data, shards
-from fedlora.models import merging, model_files, models, trainable
-from fedlora.runs import model_card
-from fedlora.models.adapters import open_for
 from fedlora.config.config import RunConfig, load
-from fedlora.models.encoder import EncoderClassifier
+from fedlora.config.sections import check_gpu
+from fedlora.data import data, shards
+from fedlora.data.text import is_unicode
 from fedlora.errors import InputError
 from fedlora.files import new_directory, new_path, write_atomic
+from fedlora.models import merging, model_files, models, trainable
+from fedlora.models.adapters import open_for
 from fedlora.models.base_directory import MERGED
+from fedlora.models.encoder import EncoderClassifier
 from fedlora.models.model_files import Origin
+from fedlora.models.trainable import Trainable
+from fedlora.runs import model_card
 from fedlora.runs.run_files import (
     CONFIG,
     HOME_CONFIG,
@@ -28,9 +31,6 @@ from fedlora.runs.run_files import (
     said_of_origins,
     void,
 )
-from fedlora.config.sections import check_gpu
-from fedlora.data.text import is_unicode
-from fedlora.models.trainable import Trainable
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 """The dtype of a run's base in result.json -> ``model.dtype``."""
@@ -320,8 +320,8 @@ def merge(
 
     The classifier of an encoder is written with the code of its class (`models.mean_pooling`). The
     card says what the run promises, that of an own model what its adapter's card does, also whether
-    it may leave. The file `base_directory.MERGED` names run and source, and those behind the start of
-    the run, so that no run under DP on the same records takes the model for a base that never saw
+    it may leave. The file `base_directory.MERGED` names run and source, and those behind the start
+    of the run, so that no run under DP on the same records takes the model for a base that never saw
     them.
 
     Raises:

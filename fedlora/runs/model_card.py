@@ -152,7 +152,7 @@ def _write_classes(directory: Path, work: Trainable) -> None:
 
 
 def _write_card(directory: Path, template: str, values: Mapping[str, Any], **more: Any) -> None:
-    templates = jinja2.Environment(  # noqa: S701  markdown, not HTML
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("fedlora.runs"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import dynamic_module_utils
 
+from fedlora.config.config import from_flat
 from fedlora.gradients import lora_layers
 from fedlora.models import trainable
-from fedlora.runs import model_card
 from fedlora.models.adapters import AdapterState
-from fedlora.config.config import from_flat
+from fedlora.runs import model_card
 from tests.fedlora.runs.test_finished_run import tiny_causal  # noqa: F401
 
 TEXT = "stolen card and a lender"
