@@ -321,8 +321,8 @@ def merge(
     The classifier of an encoder is written with the code of its class (`models.mean_pooling`). The
     card says what the run promises, that of an own model what its adapter's card does, also whether
     it may leave. The file `base_directory.MERGED` names run and source, and those behind the start
-    of the run, so that no run under DP on the same records takes the model for a base that never saw
-    them.
+    of the run, so that no run under DP on the same records takes the model for a base that never
+    saw them.
 
     Raises:
         InputError: If ``out_dir`` exists, the run is not complete or was audited, its base model
