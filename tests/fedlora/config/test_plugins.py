@@ -70,7 +70,6 @@ def test_a_name_is_imported_from_the_working_directory_and_described_with_the_ha
         {
             "key": "federation.metrics",
             "object": "own_code:Deep.metric",
-            "file": "own_code.py",
             "sha256": hashlib.sha256(own.read_bytes()).hexdigest(),
         }
     ]
@@ -93,7 +92,7 @@ def test_the_hash_is_of_the_code_that_this_process_runs(own):
     ("key", "name", "words"),
     [
         ("federation.metrics", "no_such_module:x", "no_such_module cannot be imported"),
-        ("federation.metrics", "own_code:Deep.metrik", "did you mean metric?"),
+        ("federation.metrics", "own_code:Deep.metrik", "has no Deep.metrik"),
         ("federation.metrics", "own_code:number", "is a int and cannot be called"),
         ("federation.strategy", "own_code:table", "2 arguments (this_round, updates)"),
         ("data.source", "own_code:by_length", "0 arguments (nothing)"),
