@@ -46,13 +46,6 @@ def init(
         console.write_line(
             f"{guessed.empty:,} rows have nothing in {guessed.text!r} and would be left out"
         )
-    if guessed.with_comma:
-        console.write_line(
-            f"not taken for a text: {guessed.with_comma!r}, since commas separate columns in "
-            "data.text; rename it if it is the text"
-        )
-    if guessed.failed:
-        console.write_line(f"not read: {guessed.failed}")
     console.write_line(f"these are guesses; next: fedlora check {place}")
 
 

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
-from fedlora.config import config_schema, ready
+from fedlora.config import ready
 from fedlora.config.config import RunConfig, accepting, describe, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.runs.run_files import CONFIG, finite
@@ -257,17 +257,9 @@ def show_config(
         Path | None, typer.Argument(help="A TOML file; without a file, all keys.")
     ] = None,
     assign: Overrides = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print a JSON schema of these files, for editors.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print all keys with types, defaults and meaning, or the resolved keys of a file."""
-    if schema:
-        if config is not None or assign or as_json:
-            raise InputError("--schema is of all keys and takes no CONFIG, --set or --json")
-        print(json.dumps(config_schema.json_schema(), indent=2))
-        return
     if config is not None:
         resolved = load(ready.locate(config), parse_overrides(assign or []))
         if as_json:

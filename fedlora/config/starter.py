@@ -4,14 +4,14 @@ The columns of text, label and institution are guesses from the values and names
 the written file says so.
 """
 
+import contextlib
 import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 from fedlora.config.config import describe, load
@@ -29,7 +29,6 @@ INSTITUTION_NAMES = (
     *("institution", "bank", "company", "organisation", "organization", "branch"),
     *("hospital", "site", "client", "firm", "industry"),
 )
-UNLIKE = 3
 CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 
 
@@ -37,9 +36,7 @@ CUSTOMER_NAMES = ("customer", "borrower", "account", "client", "user", "person")
 class Guess:
     """The guessed roles of columns; ``institution`` and ``customer`` are empty where none fits.
 
-    ``empty`` is the number of rows without text; ``with_comma`` is a column that could be no text
-    because its name has a comma, empty where there is none. ``failed`` says why a column could not
-    be read; it is empty where all could.
+    ``empty`` is the number of rows without text.
     """
 
     text: str
@@ -47,8 +44,6 @@ class Guess:
     institution: str
     customer: str
     empty: int
-    with_comma: str
-    failed: str = ""
 
 
 def write(source: str, out: Path) -> Guess:
@@ -59,8 +54,8 @@ def write(source: str, out: Path) -> Guess:
         out: The configuration; it must not exist.
 
     Raises:
-        InputError: If ``out`` exists, ``source`` is several files or cannot be read, or no column
-            fits text or label, or ``out`` cannot be written.
+        InputError: If ``out`` exists or cannot be written, ``source`` is several files or cannot be
+            read, or no column fits text or label.
     """
     if out.exists():
         raise InputError(f"{out} exists; give another --out, or remove it")
@@ -73,31 +68,14 @@ def write(source: str, out: Path) -> Guess:
     table = sources.frame(source)
     columns = list(dict.fromkeys(table.columns))
     values: dict[str, list[str]] = {}
-    failed: InputError | None = None
     for column in columns:
-        try:
+        with contextlib.suppress(InputError):  # lists or objects, or a name that is there twice
             values |= tables.texts(table, {column: "data.text"}, source)
-        except InputError as error:  # lists or objects, a name that is there twice, a broken row
-            failed = error
-    if not values:
-        none = InputError(f"data source {source!r} has no column of text; give one that has")
-        raise failed or none
-    try:
-        guessed = guess(source, values)
-    except InputError as error:
-        raise (InputError(f"{error}; not read: {failed}") if failed else error) from None
-    guessed = replace(guessed, failed=str(failed or ""))
+    guessed = guess(source, values)
     try:
         write_atomic(out, _text(source, columns, guessed).encode())
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written ({error.strerror}); give another --out"
-        ) from None
-    except UnicodeEncodeError:
-        raise InputError(
-            f"the name of {source!r} or of one of its columns is no Unicode text, which no "
-            "configuration can hold; rename it"
-        ) from None
+    except (OSError, UnicodeEncodeError) as error:
+        raise InputError(f"{out} cannot be written ({error}); give another --out") from None
     load(out)
     return guessed
 
@@ -105,13 +83,11 @@ def write(source: str, out: Path) -> Guess:
 def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
     """Guess which columns hold text, label and institution.
 
-    The text is the column of the most letters over all rows, of those that could be no label and
-    have several words if there are any: an instruction may be the same in all rows. The label has
-    2 to `MAX_CLASSES` distinct values, each in five rows or more on average, and the institution
-    has at least two of them, each in two rows or more on average; the customer has the most values,
-    since a segment of customers has few. Among several the nearest to a usual name decides, then,
-    of labels, that they are no sentences, then the smaller number of values; a column with the name
-    of an institution is a label only if nothing else is.
+    The text is the column of the most letters, of those of several words that could be no label if
+    there are any. The label has 2 to `MAX_CLASSES` distinct values, each in five rows or more on
+    average; among several a usual name decides, then that they are no sentences, then that it is no
+    usual name of an institution, then the smaller number of values. Institution and customer are
+    columns with a usual name.
 
     Args:
         source: The file, for messages.
@@ -121,82 +97,48 @@ def guess(source: str, values: Mapping[str, list[str]]) -> Guess:
         InputError: If no column fits text or label.
     """
     filled = {name: [v for v in column if v.strip()] for name, column in values.items()}
-    lengths = {
-        name: sum(len(v) for v in column) / len(values[name])
-        for name, column in filled.items()
-        if column and "," not in name  # data.text joins columns by commas
-    }
-    words = {name: np.mean([len(v.split()) for v in filled[name]]) for name in lengths}
+    letters = {name: sum(map(len, column)) for name, column in filled.items() if "," not in name}
     distinct = {name: len(set(column)) for name, column in filled.items()}
-    classes = {
-        name: count
-        for name, count in distinct.items()
-        if 2 <= count <= MAX_CLASSES and 5 * count <= len(filled[name])
-    }
-    text = max(
-        lengths,
-        key=lambda name: (
-            name not in classes and distinct[name] > 1 and words[name] >= MIN_WORDS,
-            lengths[name],
-        ),
-        default="",
-    )
-    distinct.pop(text, None)
-    classes.pop(text, None)
-    with_comma = next((name for name in values if "," in name), "")
-    if not text or not classes:
-        lacking = (
-            f"a label (2 to {MAX_CLASSES} classes, each in five rows or more on average)"
-            if text
-            else "a text"
-        )
+    few = {n for n, k in distinct.items() if 2 <= k <= MAX_CLASSES and 5 * k <= len(filled[n])}
+    words = {name: sum(len(v.split()) for v in column) for name, column in filled.items()}
+    free = {n for n, k in distinct.items() if k > 1 and n not in few}
+    worded = {name for name in free if words[name] >= MIN_WORDS * len(filled[name])}
+    text = max(letters, key=lambda name: (name in worded, letters[name]), default="")
+    labels = few - {text}
+    if not text or not labels:
+        lacking = f"a label (2 to {MAX_CLASSES} classes, each in five rows or more on average)"
         raise InputError(
-            f"{source} has the columns {', '.join(values)}, of which none looks like {lacking}; "
-            + f"if {with_comma!r} is the text, rename it: it has a comma; " * bool(with_comma)
-            + "write the configuration by hand (`fedlora config` lists the keys; where answers are "
-            "written out, start from `fedlora config sft`)"
+            f"{source} has the columns {', '.join(values)}, of which none looks like "
+            f"{lacking if text else 'a text (its name has no comma)'}; write the configuration by "
+            "hand (`fedlora config` lists the keys; where answers are written out, start from "
+            "`fedlora config sft`)"
         )
     label = min(
-        classes,
+        labels,
         key=lambda name: (
-            _distance(name, LABEL_NAMES),
-            lengths.get(name, 0.0) > LABEL_LENGTH,
-            -_distance(name, INSTITUTION_NAMES),
-            classes[name],
+            not _usual(name, LABEL_NAMES),
+            letters.get(name, 0) > LABEL_LENGTH * len(filled[name]),
+            _usual(name, INSTITUTION_NAMES),
+            distinct[name],
         ),
     )
-    owners = {
-        name: count
-        for name, count in distinct.items()
-        if name != label and count >= 2 and 2 * count <= len(filled[name])
-    }
-    institution = _nearest(owners, INSTITUTION_NAMES)
-    others = {name: distinct[name] for name in distinct if name not in (label, institution)}
-    customer = _nearest({name: -count for name, count in others.items()}, CUSTOMER_NAMES)
+    rest = [name for name in values if name not in (text, label)]
+    owners = [n for n in rest if distinct[n] >= 2 and 2 * distinct[n] <= len(filled[n])]
+    institution = min((n for n in owners if _usual(n, INSTITUTION_NAMES)), key=len, default="")
+    customers = [n for n in rest if n != institution and _usual(n, CUSTOMER_NAMES)]
     return Guess(
         text=text,
         label=label,
         institution=institution,
-        customer=customer,
+        customer=max(customers, key=lambda name: distinct[name], default=""),
         empty=len(values[text]) - len(filled[text]),
-        with_comma="" if with_comma in (label, institution, customer) else with_comma,
     )
 
 
-def _nearest(columns: Mapping[str, int], usual: tuple[str, ...]) -> str:
-    """The column whose name is nearest to a usual one, then that of the least number; or ""."""
-    named = [name for name in columns if _distance(name, usual) < UNLIKE]
-    return min(named, key=lambda name: (_distance(name, usual), columns[name]), default="")
-
-
-def _distance(column: str, usual: tuple[str, ...]) -> int:
-    """0: a usual name; 1: one of its words is one; 2: a word begins with one; `UNLIKE`: none."""
-    words = [word for word in re.split(r"[\W_]+", column.casefold()) if word]
-    if "".join(words) in usual:
-        return 0
-    if set(words) & set(usual):
-        return 1
-    return 2 if any(word.startswith(usual) for word in words) else UNLIKE
+def _usual(column: str, usual: tuple[str, ...]) -> bool:
+    """Whether a word of a column's name is a usual one, or begins with one."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", column)
+    return any(word.startswith(usual) for word in re.split(r"[\W_]+", spaced.casefold()))
 
 
 def _text(source: str, columns: list[str], guessed: Guess) -> str:
