@@ -54,7 +54,7 @@ class Work:
         if self.private:
             values |= {
                 "privacy.epsilon": 8.0,
-                "training.sample-rate": _rate(replace(self, private=False).config()),
+                "training.batch-size": _rate(replace(self, private=False).config()),
                 "federation.weighting": "public-size",  # exact counts may not leave
             }
         return values
@@ -94,7 +94,6 @@ class Work:
             "target_modules": TARGETS["bert"],
             "seed": config.seed,
             "bf16": fast_bf16("cpu"),
-            "workers": config.engine.workers,
             "noise": _noise(config, np.diff(bounds).tolist()) if self.private else None,
             "max_grad_norm": config.privacy.max_grad_norm,
         }

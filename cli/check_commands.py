@@ -1,22 +1,31 @@
 """``fedlora init | check``: from a file of records to a run that is known before it starts."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
-from cli.simulation_commands import Accept
 from fedlora.config import ready
-from fedlora.config.config import accepting, load, parse_overrides
-from fedlora.rounding import at_least
+from fedlora.config.config import load, parse_overrides
 from fedlora.runs.run_files import finite, said_of_head
 from fedlora.terminal import Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
 MAX_ROWS = 40
 """The most rows of a table on the terminal; ``--json`` has them all."""
+COLUMNS = {
+    "train": "{}",
+    "units": "{}",
+    "size_class": "{}",
+    "held_out": "{}",
+    "delta": "{:g}",
+    "noise_multiplier": "{:.3g}",
+    "expected_batch_size": "{:.3g}",
+}
+"""The figures of an institution and their forms; the last three exist under DP."""
 
 
 @app.command()
@@ -33,9 +42,9 @@ def init(
     place = out or Path(f"{Path(source).stem}.toml")
     guessed = starter.write(source, place)
     console = Terminal()
+    drawn = f"from {guessed.institution!r}" if guessed.institution else "drawn at random"
     console.write_line(
-        f"{place}: text {guessed.text!r}, label {guessed.label!r}, institutions "
-        + (f"from {guessed.institution!r}" if guessed.institution else "drawn at random")
+        f"{place}: text {guessed.text!r}, label {guessed.label!r}, institutions {drawn}"
     )
     if guessed.customer:
         console.write_line(
@@ -54,7 +63,6 @@ def init(
 def check(
     config: Annotated[Path, typer.Argument(help="A TOML file, or a ready configuration's name.")],
     assign: Overrides = None,
-    accept: Accept = None,
     as_json: Json = False,
 ) -> None:
     """Describe a run before it starts: records, budgets, cost. Exit code 2 if it would be refused.
@@ -66,7 +74,7 @@ def check(
     resolved = load(ready.locate(config), parse_overrides(assign or []))
     console = Terminal(quiet=as_json)
     with console.status("reading records, loading the base model"):
-        described = checking.describe(accepting(resolved, accept or []))
+        described = checking.describe(resolved)
     if as_json:
         print(json.dumps(finite(described)))
     else:
@@ -75,25 +83,24 @@ def check(
         raise typer.Exit(2)
 
 
-def _show(described: dict[str, Any], console: Terminal) -> None:
-    rows = described["rows"]
-    console.write_line(
-        f"{rows['read']:,} rows: {rows['train']:,} to train on, {rows['held_out']:,} held out"
-    )
-    for reason, count in rows["dropped"].items():
-        console.write_line(f"  {count:,} left out: {reason}")
-    if rows["cut"]:
-        console.write_line(f"  {rows['cut']:,} texts are cut to {rows['max_length']} tokens")
-    if described["classes"]:
-        heads = ("class", "train", "held out")
-        body = [[k, v["train"], v["held_out"]] for k, v in described["classes"].items()]
-        _table(f"{len(body)} classes", heads, body, console)
-    _institutions(described, console)
+def _show(described: Mapping[str, Any], console: Terminal) -> None:
+    for line in _rows(described["rows"]):
+        console.write_line(line)
+    if classes := described["classes"]:
+        body = [[name, said["train"], said["held_out"]] for name, said in classes.items()]
+        _table(f"{len(body)} classes", ("class", "train", "held out"), body, console)
+    institutions = sorted(described["institutions"].items(), key=lambda item: -item[1]["train"])
+    shown = [key for key in COLUMNS if institutions and key in institutions[0][1]]
+    body = [
+        [name, *(COLUMNS[key].format(said[key]) for key in shown)] for name, said in institutions
+    ]
+    heads = ("institution", *(key.replace("_", " ") for key in shown))
+    _table(f"{len(body)} institutions", heads, body, console)
     if left_out := described["left_out"]:
         body = [[name, count] for name, count in left_out.items()]
         _table(f"{len(body):,} institutions left out", ("institution", "train"), body, console)
-    _ledgers(described["ledgers"], console)
-    _model(described, console)
+    for line in _expected(described):
+        console.write_line(line)
     for finding in described["findings"]:
         kind = "voids the result" if finding["voids"] else "warning"
         style = "bold red" if finding["voids"] else "yellow"
@@ -104,77 +111,41 @@ def _show(described: dict[str, Any], console: Terminal) -> None:
         console.write_line("nothing stops this run")
 
 
-def _institutions(described: dict[str, Any], console: Terminal) -> None:
-    private = any("delta" in said for said in described["institutions"].values())
-    heads = ["institution", "train", "units", "size class", "held out"]
-    heads += ["delta", "noise", "batch"] if private else []
-    body = [
-        [name, said["train"], said["units"], said["size_class"], said["held_out"]]
-        + (
-            [
-                f"{said['delta']:g}",
-                f"{said['noise_multiplier']:.3g}",
-                f"{said['expected_batch_size']:.3g}",
-            ]
-            if private
-            else []
-        )
-        for name, said in sorted(
-            described["institutions"].items(), key=lambda item: -item[1]["train"]
-        )
-    ]
-    _table(f"{len(body)} institutions", heads, body, console)
+def _rows(rows: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{rows['read']:,} rows: {rows['train']:,} to train on, {rows['held_out']:,} held out"
+    for reason, count in rows["dropped"].items():
+        yield f"  {count:,} left out: {reason}"
+    if rows["cut"]:
+        yield f"  {rows['cut']:,} texts are cut to {rows['max_length']} tokens"
 
 
-def _ledgers(ledgers: dict[str, dict[str, Any]], console: Terminal) -> None:
-    if not ledgers:
-        return
-    body = [
-        [name, said["problem"], "", ""]
-        if "problem" in said
-        else [
-            name,
-            f"{at_least(said['left'], 3)} of {said['limit']:g}",
-            f"{said['delta']:g}",
-            "yes" if said["fits"] else "no",
-        ]
-        for name, said in ledgers.items()
-    ]
-    heads = ("ledger", "epsilon left", "delta", "run fits")
-    _table(f"{len(body)} ledgers", heads, body, console)
-
-
-def _model(described: dict[str, Any], console: Terminal) -> None:
+def _expected(described: Mapping[str, Any]) -> Iterator[str]:
+    """Budget, model and cost in a line each."""
     model, cost, privacy = described["model"], described["cost"], described["privacy"]
     if "reach" in privacy:
-        console.write_line(
+        yield (
             f"privacy: epsilon {privacy['epsilon']:g} per {privacy['unit']}, "
             f"{privacy['participations']} rounds of an institution; signal to noise at most "
             f"{privacy['reach']:.3g}"
         )
     if not model:
         return
-    console.write_line(
+    head = said_of_head(model)
+    yield (
         f"model: {model['name']}, {model['parameters'] / 1e6:.1f} M parameters, "
         f"{model['bytes'] / 1e6:.0f} MB; adapter: {model['trained_parameters']:,} parameters, "
-        f"{model['adapter_bytes'] / 1e6:.2f} MB"
-        f"{f'; {head}' if (head := said_of_head(model)) else ''}"
+        f"{model['adapter_bytes'] / 1e6:.2f} MB" + f"; {head}" * bool(head)
     )
-    seconds = ", ".join(
-        f"{part} {'at most ' * (part == 'home')}{value:.0f} s"
-        for part, value in cost["seconds"].items()
-        if value
-    )
-    grows = "at least " * cost["bytes_grow"]
-    console.write_line(
+    seconds = ", ".join(f"{part} {value:.0f} s" for part, value in cost["seconds"].items() if value)
+    yield (
         f"expected: about {cost['minutes']:.1f} minutes with {cost['workers']} workers ({seconds}; "
         f"from a measured step of {1000 * cost['seconds_per_record']:.0f} ms a record), "
-        f"{grows}{cost['bytes_moved'] / 1e6:.1f} MB moved, "
+        f"{'at least ' * cost['bytes_grow']}{cost['bytes_moved'] / 1e6:.1f} MB moved, "
         f"{cost['peak_bytes'] / 1e6:.0f} MB of memory in a process"
     )
 
 
-def _table(title: str, heads: Any, body: list[list[Any]], console: Terminal) -> None:
+def _table(title: str, heads: Sequence[str], body: list[list[Any]], console: Terminal) -> None:
     first = Column(heads[0], overflow="fold")
     table = Table(first, *(Column(head, justify="right") for head in heads[1:]))
     console.write_line(title)  # a table's own title is folded to its width

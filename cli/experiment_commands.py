@@ -15,6 +15,8 @@ from fedlora.config.config import load, parse_overrides
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
+FOR_FILES = ("macro-F1, %", "MB moved", "seconds", "seeds", "delta")
+"""Columns of a sweep's results that the screen leaves to the report and results.csv."""
 
 
 @app.command("sweep")
@@ -25,10 +27,6 @@ def run_sweep(
         Path | None, typer.Option(help="The sweep's directory; by default runs/sweeps/NAME.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time; they share the cores.")] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the sweep in its directory.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Run a sweep of over 1,000 cells.")] = False,
     engine: Annotated[
         Literal["auto", "ray", "inline"],
         typer.Option(
@@ -37,7 +35,7 @@ def run_sweep(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run a grid of configurations, each also locally, centrally or without training."""
+    """Run a grid of configurations, or the cells that are left of one."""
     from cli.simulation_commands import execute
     from experiments import cells, results
 
@@ -45,36 +43,24 @@ def run_sweep(
     place = (out or Path("runs/sweeps") / sweep.stem).absolute()
     console = Terminal(quiet=as_json)
     try:
-        done = cells.run(
-            sweep,
-            place,
-            jobs=jobs,
-            resume=resume,
-            yes=yes,
-            engine=engine,
-            execute=execute,
-            console=console,
-        )
+        done = cells.run(sweep, place, jobs=jobs, engine=engine, execute=execute, console=console)
     except (KeyboardInterrupt, OSError) as error:  # a full disk, for one
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        ERRORS.write_line(f"error: {what}; finished cells, if any, are kept (--resume)")
+        ERRORS.write_line(f"error: {what}; finished cells are kept; the same command continues")
         raise typer.Exit(1) from None
     draw_report(place)
     if as_json:
         print(json.dumps(done))
     elif done["results"]:
         found = results.read(place)
-        pooled, _ = results.tables(results.summary(found), found.axes)
-        # The screen leaves these columns to results.md.
-        left = {"macro-F1, %", "gain over local-dp", "MB moved", "seconds", "seeds", "delta"}
-        left |= {"epsilon"} if "privacy.epsilon" in pooled[0] else set()
-        columns = [column for column in zip(*pooled, strict=True) if column[0] not in left]
+        (heads, *body), _ = results.tables(results.summary(found), found.axes)
+        shown = [i for i, head in enumerate(heads) if head not in FOR_FILES]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for head, *body in columns:
-            widest = max(map(len, body), default=0)
-            table.add_column(head, overflow="fold", min_width=min(widest, 12))  # rows fit into 80
-        for row in list(zip(*columns, strict=True))[1:]:
-            table.add_row(*row)
+        for i in shown:
+            widest = max((len(row[i]) for row in body), default=0)
+            table.add_column(heads[i], overflow="fold", min_width=min(widest, 12))  # 80 columns
+        for row in body:
+            table.add_row(*(row[i] for i in shown))
         console.print(table)
         console.write_line(f"report         {place / 'report.html'}")
         console.write_line(f"results        {place / 'results.csv'}")
@@ -88,7 +74,6 @@ def run_sweep(
 @clean_errors
 def write_report(
     directory: Annotated[Path, typer.Argument(help="A complete run, a sweep or an audit.")],
-    as_json: Json = False,
 ) -> None:
     """Write report.html into the directory of a run, a sweep or an audit: one self-contained page.
 
@@ -96,11 +81,7 @@ def write_report(
     """
     from experiments import report
 
-    path = report.write(directory)
-    if as_json:
-        print(json.dumps({"report": str(path)}))
-    else:
-        Terminal().write_line(str(path))
+    Terminal().write_line(str(report.write(directory)))
 
 
 @app.command()
@@ -108,10 +89,7 @@ def write_report(
 def plan(
     records: Annotated[int, typer.Option(help="Records, or units, of an institution.")],
     steps: Annotated[int, typer.Option(help="Steps of the whole plan, all rounds together.")],
-    batch_size: Annotated[int | None, typer.Option(help="As training.batch-size.")] = None,
-    sample_rate: Annotated[
-        float | None, typer.Option(help="Share of the records in a step; or --batch-size.")
-    ] = None,
+    batch_size: Annotated[float, typer.Option(help="As training.batch-size; below 1 a share.")],
     epsilon: Annotated[
         float | None, typer.Option(help="Budget; yields the noise multiplier.")
     ] = None,
@@ -135,7 +113,7 @@ def plan(
 
     result = planning.plan(
         records=records,
-        sample_rate=planning.rate_of(records, batch_size, sample_rate),
+        sample_rate=planning.rate_of(records, batch_size),
         steps=steps,
         epsilon=epsilon,
         noise_multiplier=noise_multiplier,
@@ -175,13 +153,7 @@ def audit(
     console = Terminal(quiet=as_json)
     console.write_line(f"auditing; results in {place}")
     with one_line_errors(place / "run"):
-        result = run(
-            loaded,
-            out=place,
-            canaries=canaries,
-            engine=engine,
-            console=console,
-        )
+        result = run(loaded, out=place, canaries=canaries, engine=engine, console=console)
     draw_report(place)
     draw_report(place / "run")  # with what the audit found
     if as_json:

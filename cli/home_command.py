@@ -25,10 +25,6 @@ def home(
     steps: Annotated[
         int | None, typer.Option(help="Steps at home; wins over the run's home.steps.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory to create; by default state/home/NAME."),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train an institution's own models after a run, and compare them. Nothing is sent."""
@@ -38,7 +34,7 @@ def home(
     own = load(str(absolute(settings)))
     if steps is not None and steps < 1:
         raise InputError(f"--steps is {steps}; it must be at least 1")
-    choices = home_command.Choices(run=run, adapter=adapter, steps=steps or 0, out=out)
+    choices = home_command.Choices(run=run, adapter=adapter, steps=steps or 0)
     with one_line_errors(Path(own.state)):
         try:
             result = home_command.train(own, choices, say=ERRORS.write_line)

@@ -17,6 +17,7 @@ ledger = typer.Typer(no_args_is_help=True, help="An institution's privacy ledger
 app.add_typer(ledger, name="ledger")
 _TOTALS = ("epsilon", "epsilon_alone", "limit", "left", "delta")
 _BOUNDS = {"epsilon": at_most, "epsilon_alone": at_most, "left": at_least}
+_ENTRY = {"noise_multiplier": "noise", "sample_rate": "sample rate"}
 
 
 @ledger.command("init")
@@ -45,82 +46,64 @@ def ledger_show(
     as_json: Json = False,
 ) -> None:
     """Show the spent budget and the entries of a ledger, or one line for each of a directory."""
-    from client.ledger import Ledger
-
     if path.is_dir():
-        _show_all(path, as_json=as_json)
-        return
-    with Ledger.open(path) as opened:
-        shown = opened.show()
+        files = ledgers(path)
+        if not files:
+            raise InputError(f"{path} has no ledger (*.db); give the directory of ledgers")
+        shown: dict[str, Any] = {file.stem: _opened(file) for file in files}
+        for said in shown.values():
+            said["runs"] = len({entry["run"] for entry in said.pop("entries")})
+    else:
+        shown = _opened(path)
     if as_json:
         print(json.dumps(shown))
-        return
-    entries = shown.pop("entries")
-    for key, value in shown.items():
-        said = "not known before the first run" if value is None else value
-        if isinstance(value, float) and (bound := _BOUNDS.get(key)):
-            said = bound(value)
-        Terminal().write_line(f"{key.replace('_', ' '):14} {said}")
-    columns = ("run", "round", "noise", "shares", "sample rate", "steps", "charged")
-    lines = Table(*(Column(column, overflow="fold") for column in columns))
-    for entry in entries:
-        lines.add_row(
-            str(entry["run"]),
-            str(entry["round"]),
-            f"{entry['noise_multiplier']:.4f}",
-            str(entry["shares"] or ""),
-            f"{entry['sample_rate']:.4g}",
-            str(entry["steps"]),
-            str(entry["at"])[:16].replace("T", " "),
-        )
-    Terminal().print(lines)
+    elif path.is_dir():
+        heads = ("ledger", *(key.replace("_", " ") for key in _TOTALS), "runs")
+        rows = [[name, *(_said(said, key) for key in _TOTALS), str(said["runs"])]
+                for name, said in shown.items()]  # fmt: skip
+        _table(heads, rows)
+    else:
+        entries = shown.pop("entries")
+        for key in shown:
+            Terminal().write_line(f"{key.replace('_', ' '):14} {_said(shown, key)}")
+        columns = ("run", "round", "noise_multiplier", "shares", "sample_rate", "steps", "at")
+        heads = tuple(_ENTRY.get(column, column) for column in columns)
+        _table(heads, [[_said(entry, column) for column in columns] for entry in entries])
 
 
-def _show_all(directory: Path, *, as_json: bool) -> None:
-    """Show limit and spending of each ledger in a directory."""
+def _opened(file: Path) -> dict[str, Any]:
     from client.ledger import Ledger
 
-    files = ledgers(directory)
-    if not files:
-        raise InputError(f"{directory} has no ledger (*.db); give the directory of ledgers")
-    shown: dict[str, dict[str, Any]] = {}
-    for file in files:
-        with Ledger.open(file) as opened:
-            said = opened.show()
-            entries = said.pop("entries")
-            shown[file.stem] = {**said, "runs": len({e["run"] for e in entries})}
-    if as_json:
-        print(json.dumps(shown))
-        return
-    shared = any(said["epsilon_alone"] != said["epsilon"] for said in shown.values())
-    totals = [key for key in _TOTALS if shared or key != "epsilon_alone"]
-    columns = ("ledger", *(key.replace("_", " ") for key in totals), "runs")
-    lines = Table(*(Column(name, overflow="fold") for name in columns))
-    for name, said in shown.items():
-        figures = (_BOUNDS.get(key, "{:.4g}".format)(float(said[key])) for key in totals)
-        lines.add_row(name, *figures, str(said["runs"]))
-    Terminal().print(lines)
+    with Ledger.open(file) as opened:
+        return opened.show()
+
+
+def _said(figures: dict[str, Any], key: str) -> str:
+    """A figure in words: a bound where it is one, four digits where it is another number."""
+    value = figures[key]
+    if value is None:
+        return "not known before the first run"
+    if isinstance(value, float):
+        return _BOUNDS[key](value) if key in _BOUNDS else f"{value:.4g}"
+    return str(value)
+
+
+def _table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table(*(Column(head, overflow="fold") for head in heads))
+    for row in rows:
+        table.add_row(*row)
+    Terminal().print(table)
 
 
 @ledger.command("verify")
 @clean_errors
-def ledger_verify(
-    path: Annotated[Path, typer.Argument(help="A ledger.")], as_json: Json = False
-) -> None:
+def ledger_verify(path: Annotated[Path, typer.Argument(help="A ledger.")]) -> None:
     """Verify that a ledger is whole; exit with code 1 if it is not."""
-    from client.ledger import Ledger
-
-    problems: list[str] = []
     try:
-        Ledger.open(path).close()  # opening verifies the whole ledger
+        _opened(path)  # opening verifies the whole ledger
     except Refusal as refusal:
         if refusal.code != "ledger-corrupt":
             raise
-        problems = [refusal.detail]
-    if as_json:
-        print(json.dumps({"ok": not problems, "problems": problems}))
-    else:
-        for problem in problems or ["ledger is whole"]:
-            Terminal().write_line(problem)
-    if problems:
-        raise typer.Exit(1)
+        Terminal().write_line(refusal.detail)
+        raise typer.Exit(1) from None
+    Terminal().write_line("ledger is whole")

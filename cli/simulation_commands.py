@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,19 +11,16 @@ from rich.table import Table
 
 from cli.errors import draw_report, one_line_errors
 from fedlora.config import ready
-from fedlora.config.config import RunConfig, accepting, describe, load, parse_overrides
+from fedlora.config.config import RunConfig, describe, load, parse_overrides
 from fedlora.errors import InputError
 from fedlora.runs.run_files import CONFIG, finite
 from fedlora.terminal import ERRORS, Json, Overrides, Terminal, clean_errors
 
 app = typer.Typer()
-Accept = Annotated[
-    list[str] | None,
-    typer.Option("--accept", help="Run in spite of a finding that voids the result, by its name."),
-]
 Assign = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE; data.text or model.name, for one.")
 ]
+RunDirectory = Annotated[Path, typer.Argument(help="A complete run directory.")]
 Institution = Annotated[
     str,
     typer.Option(help="The institution whose adapter is used, where each institution has its own."),
@@ -50,18 +46,12 @@ def run(
     engine: Annotated[
         Literal["ray", "inline"], typer.Option(help="Worker processes, or this process.")
     ] = "ray",
-    ray_address: Annotated[str, typer.Option(help="A Ray cluster to join.")] = "",
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory.")] = None,
-    accept: Accept = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
     """Run a federation on this machine or on a Ray cluster."""
-    overrides: dict[str, Any] = dict(parse_overrides(assign or []))
-    if ray_address:
-        overrides["engine.ray-address"] = ray_address
-    resolved = _resolve(config, overrides, out, resume, accept or [])
-    console = Terminal(quiet=quiet or as_json)
+    resolved = _resolve(config, parse_overrides(assign or []), out, resume)
+    console = Terminal(quiet=as_json)
     if not resolved.privacy.enabled:
         console.print(
             "privacy.epsilon is inf: no record is protected by differential privacy",
@@ -69,35 +59,21 @@ def run(
             soft_wrap=True,
         )
     from experiments import report
-    from server import tracking
     from simulation import progress
     from simulation.run import simulate
 
     place = Path(resolved.run_dir)
     with one_line_errors(place, "fedlora run --resume"), report.live(place):
         result = simulate(resolved, engine, console)
-    draw_report(Path(resolved.run_dir))
-    tracking.add_report(resolved, result["run"], Path(resolved.run_dir, "report.html"))
+    draw_report(place)
     if as_json:
         print(json.dumps(result))
-    elif not quiet:
+    else:
         progress.summary(resolved, result, console)
 
 
-def _check_run(run_dir: Path) -> None:
-    """Check that a directory holds a run, complete or not."""
-    if not (run_dir / CONFIG).exists():
-        raise InputError(
-            f"{run_dir} holds no run (no {CONFIG}); give the directory that a run printed"
-        )
-
-
 def _resolve(
-    path: Path | None,
-    overrides: dict[str, Any],
-    out: Path | None,
-    resume: Path | None,
-    accept: Sequence[str] = (),
+    path: Path | None, overrides: dict[str, str], out: Path | None, resume: Path | None
 ) -> RunConfig:
     """Resolve a run's configuration. Its run directory is absolute, and free or to be resumed."""
     if resume is not None:
@@ -105,26 +81,27 @@ def _resolve(
             raise InputError(
                 "--out and --resume exclude each other; a resumed run stays where it is"
             )
-        _check_run(resume)
+        if not (resume / CONFIG).exists():
+            raise InputError(
+                f"{resume} holds no run (no {CONFIG}); give the directory that a run printed"
+            )
         resume = resume.resolve()  # runs/latest will point elsewhere
         path = path or resume / CONFIG
     elif path is None:
         raise InputError("no config was given; try `fedlora run demo`")
     path = ready.locate(path)
-    loaded = accepting(load(path, overrides), accept)
+    loaded = load(path, overrides)
     name = path.parent.name if path.name == CONFIG else path.stem
-    chosen = (
-        resume or out or Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    )
+    default = Path(loaded.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     from simulation.place import placed
 
-    return placed(loaded, chosen, resume=resume is not None)
+    return placed(loaded, resume or out or default, resume=resume is not None)
 
 
 @app.command()
 @clean_errors
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    run_dir: RunDirectory,
     data: Annotated[str, typer.Option(help="A source, as in data.source.")],
     assign: Assign = None,
     institution: Institution = "",
@@ -150,24 +127,23 @@ def evaluate(
         if key != "per_class":
             name = "rows" if key == "n" else key.replace("_", " ")
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    progress.add_baseline(table, result)
+    for name, value, _ in progress.baseline(result):
+        table.add_row(name, value)
     if truncated:
         table.add_row("cut to length", progress.longer(truncated, max_length))
     for key, count in left_out.items():
         if count:
             table.add_row("left out", f"{count} row{'s' * (count != 1)} {key.replace('_', ' ')}")
     for label, counts in result.get("per_class", {}).items():
-        table.add_row(
-            label,
-            f"{counts['correct']} of {counts['truth']} right, {counts['predicted']} predicted",
-        )
+        right, predicted = f"{counts['correct']} of {counts['truth']}", counts["predicted"]
+        table.add_row(label, f"{right} right, {predicted} predicted")
     Terminal().print(table)
 
 
 @app.command()
 @clean_errors
 def predict(
-    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    run_dir: RunDirectory,
     text: Annotated[list[str] | None, typer.Argument(help="One or more texts.")] = None,
     data: Annotated[
         str,
@@ -198,8 +174,6 @@ def predict(
     if data:
         config = finished_run.configuration(run_dir, overrides)
         given = answer_files.read(data, config.data.text)
-    elif of_files := sorted(key for key in overrides if key.startswith("data.")):
-        raise InputError(f"--set has {of_files[0]}, which is for a file; give --data too")
     else:
         given = answer_files.of(text or [])
     if out is not None:
@@ -226,15 +200,14 @@ def predict(
         score = [f"{one['score']:.4f}"] if "score" in one else []
         Terminal().write_line(one["answer"], *score, one["text"])
     if result["truncated"]:
-        ERRORS.write_line(
-            f"cut to length: {progress.longer(result['truncated'], result['max_length'])}"
-        )
+        longer = progress.longer(result["truncated"], result["max_length"])
+        ERRORS.write_line(f"cut to length: {longer}")
 
 
 @app.command()
 @clean_errors
 def merge(
-    run_dir: Annotated[Path, typer.Argument(help="A complete run directory.")],
+    run_dir: RunDirectory,
     out_dir: Annotated[
         Path, typer.Argument(help="Directory of the merged model; it must not exist.")
     ],
@@ -260,27 +233,21 @@ def show_config(
     as_json: Json = False,
 ) -> None:
     """Print all keys with types, defaults and meaning, or the resolved keys of a file."""
+    rows = describe()
     if config is not None:
         resolved = load(ready.locate(config), parse_overrides(assign or []))
-        if as_json:
-            lists = {name for name, kind, *_ in describe() if kind.startswith("list of")}
-            flat = {k: json.loads(str(v)) if k in lists else v for k, v in resolved.flat().items()}
-            print(json.dumps(finite(flat)))
-        else:
-            print(resolved.to_toml(), end="")
+        lists = {name for name, kind, *_ in rows if kind.startswith("list of")}
+        flat = {k: json.loads(str(v)) if k in lists else v for k, v in resolved.flat().items()}
+        print(json.dumps(finite(flat)) if as_json else resolved.to_toml().rstrip("\n"))
         return
     if assign:
         raise InputError("--set changes a file's values; give a CONFIG too")
-    rows = describe()
     if as_json:
-        print(
-            json.dumps(
-                {
-                    row[0]: dict(zip(("type", "default", "help"), row[1:], strict=True))
-                    for row in rows
-                }
-            )
-        )
+        columns = ("type", "default", "help")
+        named: dict[str, Any] = {
+            key: dict(zip(columns, about, strict=True)) for key, *about in rows
+        }
+        print(json.dumps(named))
         return
     console = Terminal()
     for key, kind, default, meaning in rows:

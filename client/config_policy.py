@@ -54,7 +54,6 @@ TAKEN = frozenset(
         "data.prompt",
         "training.local-steps",
         "training.batch-size",
-        "training.sample-rate",
         "training.physical-batch",  # at most the institution's own (`apply`)
         "training.learning-rate",
         "training.optimizer",
@@ -67,7 +66,6 @@ TAKEN = frozenset(
         "privacy.trust",
         "privacy.honest",
         "privacy.colluding",
-        "privacy.protocol",
         "privacy.epsilon",
         "privacy.delta",  # below 1 / units (`plan_run`), at most max-delta (`check_limits`)
         "privacy.max-grad-norm",
@@ -118,10 +116,6 @@ LIMITS: Mapping[tuple[str, str, str], Callable[[Settings, RunConfig], bool]] = {
     ),
     ("privacy.colluding", "too-few-colluding", "min-colluding"): lambda own, run: (
         not run.privacy.shares_noise or run.privacy.colluding >= own.min_colluding
-    ),
-    # Without masks the server would see a vector with one institution's share of noise.
-    ("privacy.protocol", "masks-required", ""): lambda _, run: (
-        not run.privacy.shares_noise or run.privacy.protocol == "full"
     ),
     ("privacy.epsilon", "dp-required", "without-dp"): lambda own, run: (
         run.privacy.enabled or own.without_dp

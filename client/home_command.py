@@ -57,13 +57,11 @@ class Choices:
             adapter's.
         adapter: A directory that the operator handed out; None: the adapter that arrived.
         steps: As ``home.steps``; 0: the run's.
-        out: The directory to write; None: ``state/home/NAME``.
     """
 
     run: str = ""
     adapter: Path | None = None
     steps: int = 0
-    out: Path | None = None
 
 
 def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[str, Any]:
@@ -88,9 +86,8 @@ def train(own: Settings, choices: Choices, say: Callable[[str], None]) -> dict[s
     config = _config(own, choices, found)
     state = Path(own.state)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    out = choices.out or state / "home" / found.name
-    if choices.out is None:
-        out.parent.mkdir(exist_ok=True, mode=0o700)
+    out = state / "home" / found.name
+    out.parent.mkdir(exist_ok=True, mode=0o700)
     with _new_directory(out) as new:
         institution = dataclasses.replace(Institution.deployed(own, config), directory=new)
         federation = records.load(config)

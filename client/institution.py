@@ -39,7 +39,6 @@ from fedlora.config.sections import check_gpu
 from fedlora.data import records
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError, Refusal
-from fedlora.files import expanded
 from fedlora.models import trainable
 from fedlora.models.adapters import AdapterState
 from fedlora.privacy import accounting
@@ -97,13 +96,9 @@ class Institution:
 
     @classmethod
     def locate(cls, config: RunConfig, index: int) -> Self:
-        """The institution with this number in a simulation.
-
-        Raises:
-            InputError: If the path of its ledgers begins with an unknown ``~NAME``.
-        """
+        """The institution with this number in a simulation."""
         name = records.load(config).names[index]
-        ledgers = expanded(config.privacy.ledger or str(Path(config.run_dir) / LEDGERS))
+        ledgers = Path(config.run_dir) / LEDGERS
         return cls(
             config=config,
             name=name,
@@ -148,7 +143,7 @@ class Institution:
         if self.config.privacy.enabled:
             shard = self.records()
             plan = plan_run(self.config, shard.num_units, query.participations)
-            if self.config.privacy.masks:
+            if self.config.privacy.shares_noise:
                 self.secure_role()  # refuses missing keys and peers before the run begins
             with self.open_ledger(shard, create=query.first and self.simulated) as ledger:
                 self._check_limits(plan, ledger)
@@ -231,7 +226,7 @@ class Institution:
         plan = plan_run(self.config, shard.num_units, order.participations)
         checks.check_step(order, self.config, plan)
         checks.check_size(order, plan)
-        secure = self.secure_role() if self.config.privacy.masks else None
+        secure = self.secure_role() if self.config.privacy.shares_noise else None
         with contextlib.ExitStack() as on_error:
             ledger, masked = on_error.enter_context(self.open_ledger(shard)), None
             self._check_limits(plan, ledger)
@@ -260,7 +255,7 @@ class Institution:
             InputError: If a file of a key cannot be used.
         """
         config, name = self.config, self.name
-        if not config.privacy.masks:
+        if not config.privacy.shares_noise:
             raise Refusal("protocol-mismatch", "the run has no masked vectors")
         if self.simulated:
             key = peers.simulated(config.seed, name)
@@ -310,7 +305,7 @@ class Institution:
             checks.check_base(release, work.base.digest)
             checks.check_adapter(release.adapter, work.start, self.config)
             whole = dataclasses.replace(release, adapter=self.with_local_parts(release))
-            if self.config.privacy.masks:
+            if self.config.privacy.shares_noise:
                 secure_role.erase(self.secure_store, self.ledger_path, release.run)
             Releases(Path(self.config.run_dir)).store(whole, server_values(self.config), work.model)
         return Evaluation(institution=self.name, metrics={})
@@ -343,7 +338,7 @@ class Institution:
             try:
                 Ledger.create(
                     path,
-                    max_epsilon=privacy.max_epsilon or privacy.epsilon,
+                    max_epsilon=privacy.epsilon,
                     delta=delta_of(privacy, shard.num_units),
                 )
             except InputError:
@@ -363,8 +358,7 @@ class Institution:
         work, shard = self.load(), self.records()
         work.train_only((*order.parts, *order.kept))
         order.adapter.load_into(work.model)
-        rate = self.config.training.sample_rate
-        batch = max(1, round(rate * len(shard))) if rate else self.config.training.batch_size
+        batch = max(1, round(self.config.training.rate(len(shard)) * len(shard)))
         source = RandomSource.seeded("train", self.config.seed, order.round, self.name)
         with processors.threads(self.config.engine.threads):
             loss = training.train(work, shard, LocalPlan.of(self.config), batch, source)

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from experiments import results, sweep
 from experiments.sweep import Case, Cell
-from fedlora import processors
 from fedlora.errors import InputError
 from fedlora.files import existing_parent, write_atomic
 from fedlora.rounding import duration
@@ -38,7 +37,7 @@ from fedlora.runs.run_files import (
     read_run_file,
 )
 from fedlora.terminal import Terminal
-from server import binding, tracking
+from server import binding
 from simulation.run import check_engine
 
 Engine = Literal["auto", "ray", "inline"]
@@ -46,8 +45,6 @@ Execute = Callable[[list[str]], None]
 LOCK = ".lock"
 KEY = "cells.key"
 """The key of the names of a sweep's cells, readable by its owner only."""
-DROPPED = ".dropped"
-"""Where a begun cell of other code is while it is removed."""
 
 
 def run(
@@ -55,8 +52,6 @@ def run(
     out: Path,
     *,
     jobs: int,
-    resume: bool,
-    yes: bool,
     engine: Engine,
     execute: Execute,
     console: Terminal,
@@ -67,9 +62,7 @@ def run(
         path: The sweep file.
         out: The sweep's directory.
         jobs: Cells at a time.
-        resume: Whether ``out`` may hold a sweep already.
-        yes: Whether the sweep may have more than `sweep.MAX_CELLS` cells.
-        engine: The cells' engine; auto: ray where a cell has several institutions and workers.
+        engine: The cells' engine; auto: ray where a cell has several institutions and processors.
         execute: Runs `fedlora` with given arguments in the process of a cell. It must be a
             module's function, because the fork server looks it up by name.
         console: Shows progress.
@@ -79,58 +72,39 @@ def run(
         reason), ``seconds``, ``out``, and ``results`` as returned by `results.summary`.
 
     Raises:
-        InputError: Before a cell runs. Caches, MLflow's run and an empty ``out`` may exist by then.
+        InputError: Before a cell runs. An empty ``out`` may exist by then.
     """
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}; it must be at least 1")
     if engine != "inline":
         check_engine("ray")
     cases = sweep.read(path)
-    _check_place(out, resume)
+    _check_place(out)
     key = _key(out)
-    if not yes and len(cases) > sweep.MAX_CELLS:
-        sweep.check_size(len(cases), _guess(cases, key))
     with console.status(f"splitting records for {len(cases)} cases"):
-        made, needed = sweep.cells(cases, key)
-    if not yes:
-        sweep.check_size(len(made), sum(cell.cost for cell in made.values()))
-    tracked = next((case.config for case in cases if case.config.tracking.mlflow), cases[0].config)
-    parent = tracking.begin_sweep(tracked, out)
+        made, names = sweep.cells(cases, key)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out, console) as lock:
-        _check_place(out, resume)  # another sweep may have come here first
+        _check_place(out)  # another sweep may have come here first
         _keep_key(out, key)
-        _write_manifest(out, path, cases, needed)
+        _write_manifest(out, path, cases, names)
         left = [cell for cell in made.values() if not is_complete(results.run_dir(out, cell.name))]
         before = set(made) - {cell.name for cell in left}
         damaged = _damaged(out, before)
-        complete = len(before) - len(damaged)
-        console.write_line(f"{len(made)} cells, {complete} complete; results in {out}")
-        if others := _other_codes(out, before - damaged.keys()):
-            console.write_line(
-                f"some complete cells are of other code ({'; '.join(sorted(others))}); they are "
-                f"kept: remove their directories from {out / 'cells'} to run them again"
-            )
-        if unknown := {path.name for path in (out / "cells").glob("*")} - made.keys():
-            console.write_line(
-                f"{len(unknown)} directories in {out / 'cells'} are of no cell of this sweep (its "
-                "settings, records, model, tokenizer or arms were others) and count in nothing"
-            )
+        console.write_line(
+            f"{len(made)} cells, {len(before) - len(damaged)} complete; results in {out}"
+        )
         if dropped := _drop_begun(out, left):
-            console.write_line(
-                f"begun with other code, so that they start anew: {', '.join(sorted(dropped))}"
-            )
+            console.write_line(f"begun with other code, so they start anew: {', '.join(dropped)}")
         started = time.monotonic()
         try:
-            failed = _Runner(out, jobs, engine, execute, lock, console, parent).run(left)
+            failed = _Runner(out, jobs, engine, execute, lock, console).run(left)
         finally:
             lines = results.write(out)
-        if parent:
-            tracking.end_sweep(tracked, parent, out / "results.csv")
     return {
         "out": str(out),
         "cells": len(made),
-        "before": complete,
+        "before": len(before) - len(damaged),
         "done": len(left) - len(failed),
         "failed": {**damaged, **failed},
         "seconds": round(time.monotonic() - started, 1),
@@ -139,24 +113,21 @@ def run(
 
 
 def _damaged(out: Path, cells: Iterable[str]) -> dict[str, str]:
-    """The complete cells whose results cannot be read, with what to do."""
+    """The complete cells whose results cannot be read, or are of other code, with what to do."""
     found: dict[str, str] = {}
     for name in sorted(cells):
         directory = results.run_dir(out, name)
-        if unreadable := results.contents(directory)[1]:
-            found[name] = (
-                f"its {unreadable} cannot be read, so that its case counts in no mean; restore the "
-                f"file, or remove {directory} to run the cell again"
-            )
+        files, unreadable = results.contents(directory)
+        if unreadable:
+            found[name] = f"its {unreadable} cannot be read; restore it, or remove {directory}"
+        elif other := other_code(files[ENVIRONMENT]):
+            found[name] = f"it is of other code ({other}); remove {directory} to run it again"
     return found
 
 
-def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
+def _drop_begun(out: Path, cells: Iterable[Cell]) -> list[str]:
     """Remove begun cells of other code: one run should not be of two."""
-    dropped: set[str] = set()
-    gone = out / DROPPED
-    if gone.exists():  # an earlier call was killed
-        shutil.rmtree(gone)
+    dropped: list[str] = []
     for cell in cells:
         directory = results.run_dir(out, cell.name)
         try:
@@ -164,38 +135,17 @@ def _drop_begun(out: Path, cells: Iterable[Cell]) -> set[str]:
         except InputError:  # nothing there yet, or what the run itself refuses
             continue
         if other:
-            directory.rename(gone)  # half a cell could neither be resumed nor start anew
-            shutil.rmtree(gone)
-            dropped.add(cell.name)
+            shutil.rmtree(directory)
+            dropped.append(cell.name)
     return dropped
 
 
-def _other_codes(out: Path, cells: Iterable[str]) -> set[str]:
-    """The other code that ran these cells, in words."""
-    found = (read_run_file(results.run_dir(out, name), ENVIRONMENT) for name in cells)
-    return {said for one in found if (said := other_code(one))}
-
-
-def _guess(cases: Sequence[Case], key: str) -> float:
-    """Guess the seconds of all cases from the cost of each arm's first case."""
-    first: dict[str, Case] = {}
-    for case in cases:
-        first.setdefault(case.arm, case)
-    seconds = {
-        arm: sum(cell.cost for cell in sweep.cells([case], key)[0].values())
-        for arm, case in first.items()
-    }
-    return sum(seconds[case.arm] for case in cases)
-
-
-def _check_place(out: Path, resume: bool) -> None:
-    if (out / results.MANIFEST).exists():
-        if not resume:
-            raise InputError(
-                f"{out} holds a sweep; continue it with --resume, or give another --out"
-            )
-    elif out.exists() and (
-        not out.is_dir() or any(p.name not in (LOCK, KEY) for p in out.iterdir())
+def _check_place(out: Path) -> None:
+    begun = (out / results.MANIFEST).exists()
+    if (
+        out.exists()
+        and not begun
+        and (not out.is_dir() or any(p.name not in (LOCK, KEY) for p in out.iterdir()))
     ):
         raise InputError(f"{out} holds other files; give an --out that is empty or does not exist")
     try:
@@ -213,7 +163,7 @@ def _key(out: Path) -> str:
     except (OSError, ValueError) as error:
         raise InputError(
             f"the names of the cells in {out} need its {KEY}, which cannot be read ({error}); put "
-            "it back, or give another --out (a sweep of an earlier fedlora has none)"
+            "it back, or give another --out"
         ) from None
 
 
@@ -231,16 +181,12 @@ def _locked(out: Path, console: Terminal) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.write_line(
-                f"another sweep runs in {out}, or cells of a killed sweep still do; waiting"
-            )
+            console.write_line(f"another sweep runs in {out}, or cells of a killed one; waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 
-def _write_manifest(
-    out: Path, path: Path, cases: Sequence[Case], needed: Sequence[dict[str, str]]
-) -> None:
+def _write_manifest(out: Path, path: Path, cases: Sequence[Case], names: Sequence[str]) -> None:
     manifest = {
         "name": path.stem,
         "command": " ".join(command()),
@@ -249,9 +195,9 @@ def _write_manifest(
                 "arm": case.arm,
                 "axes": {k: str(v) if v == float("inf") else v for k, v in case.axes.items()},
                 "seed": case.config.seed,
-                "cells": cells,
+                "cell": name,
             }
-            for case, cells in zip(cases, needed, strict=True)
+            for case, name in zip(cases, names, strict=True)
         ],
     }
     write_atomic(out / "sweep.toml", path.read_bytes())
@@ -269,24 +215,21 @@ class _Runner:
         execute: Execute,
         lock: int,
         console: Terminal,
-        parent: str,
     ) -> None:
-        self._parent = parent
         self._out, self._jobs, self._engine, self._execute = out, jobs, engine, execute
         self._lock, self._console = lock, console
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload(["experiments.warm"])
         self._running: set[BaseProcess] = set()
         self._stopped = threading.Event()
+        self._shares = _shares(jobs)
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Run all cells; return the failed ones with their reasons."""
         failed: dict[str, str] = {}
-        left = sorted(cells, key=lambda cell: (cell.cost, cell.name))
-        spent, guessed = 0.0, 0.0  # seconds of finished cells
-        with ThreadPoolExecutor(self._jobs) as pool, self._console.status("starting") as status:
+        waiting = sorted(cells, key=lambda cell: (cell.cost, cell.name))
+        with ThreadPoolExecutor(self._jobs) as pool, self._console.status("running cells"):
             running: dict[Future[tuple[float, str]], Cell] = {}
-            waiting = list(left)
             try:
                 while waiting or running:
                     while waiting and len(running) < self._jobs:
@@ -297,21 +240,11 @@ class _Runner:
                         seconds, error = future.result()
                         if error:
                             failed[cell.name] = error
-                        else:
-                            spent, guessed = spent + seconds, guessed + cell.cost
-                        rest = [*waiting, *running.values()]
-                        ahead = sum(cell.cost for cell in rest)
-                        ahead *= spent / guessed if guessed else 1.0
-                        ahead /= min(self._jobs, len(rest) or 1)
-                        done = len(left) - len(rest)
-                        line = (
-                            f"cell {done}/{len(left)} · {cell.name} · {self._outcome(cell, error)}"
-                        )
+                        done = len(cells) - len(waiting) - len(running)
                         self._console.write_line(
-                            f"{line} · {duration(seconds)}"
-                            + (f" · {duration(ahead)} left" * bool(rest))
+                            f"cell {done}/{len(cells)} · {cell.name} · "
+                            f"{self._outcome(cell, error)} · {duration(seconds)}"
                         )
-                        status.update(f"{done} of {len(left)} cells done")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._stop()
@@ -321,31 +254,31 @@ class _Runner:
     def _outcome(self, cell: Cell, error: str) -> str:
         if error:
             return f"failed: {error}"
-        result = read_run_file(results.run_dir(self._out, cell.name))
-        name, value = results.score(result)
+        name, value = results.score(read_run_file(results.run_dir(self._out, cell.name)))
         return f"{name} {value:.3f}" if name else "done"
 
     def _cell(self, cell: Cell) -> tuple[float, str]:
         """Run a cell; return its seconds and, if it failed, the reason."""
-        started = time.monotonic()
+        started, cores = time.monotonic(), self._shares.pop()
         try:
-            error = self._run(cell)
+            error = self._run(cell, cores)
         except OSError as failed:
             error = f"{type(failed).__name__}: {failed}"
+        finally:
+            self._shares.append(cores)
         return time.monotonic() - started, error
 
-    def _run(self, cell: Cell) -> str:
-        """Run a cell; return the reason if it failed.
+    def _run(self, cell: Cell, cores: Sequence[int]) -> str:
+        """Run a cell on these processors; return the reason if it failed.
 
         Raises:
             OSError: If its files cannot be written.
         """
         directory = results.run_dir(self._out, cell.name)
-        threads = cell.config.engine.threads
-        cores = processors.count() // (self._jobs * threads)
-        workers = cell.config.engine.workers or max(1, cores)
-        arguments = ["run", "--set", f"engine.workers={workers}", "--json"]
-        arguments += ["--engine", self._kind(cell, workers)]
+        workers = max(1, len(cores) // cell.config.engine.threads)
+        several = min(workers, cell.institutions) > 1 and cell.config.federation.rounds
+        auto = "ray" if several else "inline"
+        arguments = ["run", "--json", "--engine", auto if self._engine == "auto" else self._engine]
         if (directory / CONFIG).exists():
             arguments += ["--resume", str(directory)]
         else:
@@ -357,14 +290,7 @@ class _Runner:
         log.write_bytes(b"")  # of an earlier call
         process = self._processes.Process(
             target=_run_cell,
-            args=(
-                self._execute,
-                arguments,
-                log,
-                workers * threads,
-                self._parent,
-                _InheritedFile(self._lock),
-            ),
+            args=(self._execute, arguments, log, cores, _InheritedFile(self._lock)),
         )
         process.start()
         self._running.add(process)
@@ -373,12 +299,6 @@ class _Runner:
         process.join()
         self._running.discard(process)
         return "" if process.exitcode == 0 else _reason(log, process.exitcode)
-
-    def _kind(self, cell: Cell, workers: int) -> str:
-        if self._engine != "auto":
-            return self._engine
-        several = min(workers, cell.institutions) > 1 and cell.config.federation.rounds
-        return "ray" if several else "inline"
 
     def _stop(self) -> None:
         """End all running cells; a second interrupt kills them, for the pool waits for each."""
@@ -389,6 +309,16 @@ class _Runner:
             for process in list(self._running):
                 _send(process, signal.SIGKILL)
             raise
+
+
+def _shares(jobs: int) -> list[list[int]]:
+    """The processors of each of so many cells at a time: shares of those of this process."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS has no affinity
+        return [[job] for job in range(jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs >= len(cores):
+        return [[cores[job % len(cores)]] for job in range(jobs)]
+    return [cores[job::jobs] for job in range(jobs)]
 
 
 class _InheritedFile:
@@ -408,22 +338,21 @@ def _run_cell(
     execute: Execute,
     arguments: list[str],
     log: Path,
-    threads: int,
-    parent: str,
+    cores: Sequence[int],
     _lock: _InheritedFile,
 ) -> None:
     """Run `fedlora run` in the process of a cell, with its errors in a file."""
     os.setsid()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    if parent:
-        os.environ[tracking.SWEEP] = parent
     for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(len(cores))
     execute(arguments)
 
 

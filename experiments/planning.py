@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.config.sections import TrainingConfig
 from fedlora.errors import InputError
 from fedlora.privacy import accounting, composition
 from fedlora.privacy.composition import Event
@@ -61,31 +62,23 @@ def trust_of(institutions: int | None, honest: int | None, colluding: int | None
     return Trust(institutions=institutions, honest=honest, colluding=colluding)
 
 
-def rate_of(records: int, batch_size: int | None, sample_rate: float | None) -> float:
+def rate_of(records: int, batch_size: float) -> float:
     """The share of an institution's records in a step.
 
-    As in a run, that of a batch size follows from the size class, not from the exact number of
-    records.
+    As in a run, that of a number of records follows from the size class, not from the exact number.
 
     Args:
         records: Records of the institution.
-        batch_size: As ``training.batch-size``; None where ``sample_rate`` is given.
-        sample_rate: As ``training.sample-rate``.
+        batch_size: As ``training.batch-size``.
 
     Raises:
-        InputError: If not exactly one is given, or a value is out of bounds.
+        InputError: If a value is out of bounds.
     """
-    if (batch_size is None) == (sample_rate is None):
-        raise InputError("give one of --batch-size and --sample-rate")
-    for name, value in (("records", records), ("batch-size", batch_size or 1)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
-    if sample_rate is not None and not 0 < sample_rate <= 1:
-        raise InputError(f"--sample-rate is {sample_rate}; it must be above 0 and at most 1")
-    if batch_size is not None and batch_size > records:
+    if records < 1:
+        raise InputError(f"--records is {records}; it must be at least 1")
+    if batch_size > records:
         raise InputError(f"--batch-size is {batch_size}, but there are {records} records; lower it")
-    size_class = accounting.public_size(records)
-    return accounting.sample_rate(sample_rate or 0.0, batch_size or 0, size_class)
+    return TrainingConfig(batch_size=batch_size).rate(accounting.public_size(records))
 
 
 def plan(

@@ -318,7 +318,7 @@ def of_audit(directory: Path) -> dict[str, Any]:
         "kind": "loss" if found["refuted"] else "gain" if findings.can_refute(found) else "unclear",
         "verdict": f"The promise {findings.verdict(found)}.",
         "promised": at_most(float(found["epsilon"])),
-        "shown": at_least(findings.shown(found), 3),
+        "shown": at_least(found["shown"]["epsilon"], 3),
         "rows": rows,
         "protects": found["protects"],
     }

@@ -31,7 +31,6 @@ _NAMES = {
     "InputError": "fedlora.errors",
     "RunFailed": "server.roster",
     "AdapterState": "fedlora.models.adapters",
-    "Predictions": "fedlora.models.metrics",
     "Round": "strategies.base",
     "Strategy": "strategies.base",
     "Collected": "strategies.collected",

@@ -11,7 +11,6 @@ from fedlora.config.config import TrainingConfig as TrainingConfig
 from fedlora.config.config import load as load
 from fedlora.errors import InputError as InputError
 from fedlora.models.adapters import AdapterState as AdapterState
-from fedlora.models.metrics import Predictions as Predictions
 from server.roster import RunFailed as RunFailed
 from simulation.federate import run as run
 from simulation.result import Result as Result

@@ -6,15 +6,11 @@ The driver (`server.rounds`) calls one `Aggregation` and knows nothing of its ki
 import abc
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from fedlora.arrays import Int64
 from fedlora.config.config import RunConfig
-from fedlora.errors import Refusal
 from fedlora.models.adapters import AdapterState
 from fedlora.secure import noise_shares
 from fedlora.wire import wire
@@ -197,18 +193,18 @@ class InstitutionLevel(Aggregation):
 class NoisedSum(Aggregation):
     """The sum of vectors with shares of noise, under secure aggregation.
 
-    With ``protocol = full`` the server sees masked vectors and their sum. With ``ideal`` it adds up
-    vectors without masks, for the same sum. No figure of a single vector is computed or recorded.
+    The server sees masked vectors and their sum. No figure of a single vector is computed or
+    recorded.
 
     Args:
         config: The run.
         institutions: The number of institutions.
-        session: The full protocol; None for the ideal one.
+        session: The protocol.
     """
 
     newest_checkpoint_only = True  # nobody answers a round twice
 
-    def __init__(self, config: RunConfig, institutions: int, session: SecureSession | None) -> None:
+    def __init__(self, config: RunConfig, institutions: int, session: SecureSession) -> None:
         self._config, self._institutions, self._session = config, institutions, session
         privacy = config.privacy
         self.least_asked = noise_shares.least_survivors(
@@ -218,35 +214,12 @@ class NoisedSum(Aggregation):
     def aggregate(self, this_round: Round, replies: Replies) -> Aggregated:
         """One step on the union of the records; `Refusal` where a sum has too few survivors."""
         config = self._config
-        add_up = self._add_up if self._session is None else self._session.total
-        total, sizes = add_up(this_round, replies)
-        divisor = config.training.sample_rate * math.fsum(sizes)
+        total, sizes = self._session.total(this_round, replies)
+        divisor = config.training.batch_size * math.fsum(sizes)
         grid = noise_shares.grid(config.privacy.max_grad_norm)
         scale = config.training.learning_rate * grid / divisor
         before = this_round.before.only(this_round.parts)
         return Aggregated(adapter=noised_sum.step(before, total, scale))
-
-    def _add_up(self, this_round: Round, replies: Replies) -> tuple[Int64, Collection[float]]:
-        """The sum of the vectors, and the size classes of their institutions.
-
-        Raises:
-            Refusal: ``secure-survivors``.
-        """
-        config = self._config
-        total = np.zeros(this_round.words, np.int64)
-        sizes: list[float] = []
-        for update, size in replies:
-            if update.words is not None:  # `Replies` has checked its length
-                total += update.words  # modulo 2^64
-                sizes.append(size)
-        if len(sizes) < self.least_asked:
-            raise Refusal(
-                "secure-survivors",
-                f"{len(sizes)} vectors arrived; with privacy.honest {config.privacy.honest} and "
-                f"privacy.colluding {config.privacy.colluding} at least {self.least_asked} of "
-                f"{self._institutions} are needed",
-            )
-        return total, sizes
 
     def statement(self, state: RunState) -> dict[str, Any]:
         """The institutions that must be trusted."""
@@ -257,7 +230,6 @@ class NoisedSum(Aggregation):
                 "colluding": privacy.colluding,
                 "institutions": self._institutions,
                 "least_survivors": self.least_asked,
-                "protocol": privacy.protocol,
             }
         }
 
@@ -285,7 +257,7 @@ def choose(
     Raises:
         InputError: If no noise keeps institution-level DP within its budget.
     """
-    if config.privacy.shares_noise:
+    if session is not None:
         return NoisedSum(config, institutions, session)
     if config.privacy.hides_institutions:
         mechanism = institution_privacy.plan(config, institutions, participations)

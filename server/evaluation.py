@@ -21,9 +21,8 @@ def evaluate_global(
     work: Trainable,
     adapter: AdapterState,
     population: Population,
-    measures: Mapping[str, metrics.Metric],
 ) -> dict[str, Any]:
-    """Metrics of one adapter on all held-out rows together, with ``measures`` beside its own.
+    """Metrics of one adapter on all held-out rows together.
 
     Returns:
         The metrics of `models.tasks.Task.evaluate`, and ``institutions``: institution -> accuracy
@@ -37,7 +36,6 @@ def evaluate_global(
         population.held_out,
         work.labels,
         owner=population.owner,
-        measures=measures,
     )
     result["institutions"] = {
         population.names[int(i)]: value for i, value in result.pop("by_owner", {}).items()

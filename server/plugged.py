@@ -1,7 +1,7 @@
-"""The plug-ins that a server runs: an aggregation, metrics, callbacks (`fedlora.config.plugins`).
+"""The plug-ins that a server runs: an aggregation, callbacks (`fedlora.config.plugins`).
 
-They see what the server sees: updates that are noised already under DP, held-out rows of the
-server, and figures of rounds. So they spend no privacy.
+They see what the server sees: updates that are noised already under DP, and figures of rounds.
+So they spend no privacy.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from fedlora.config import plugins
+from fedlora.config.config import RunConfig
 from fedlora.config.sections import FederationConfig
 from fedlora.errors import Refusal
 from fedlora.models.adapters import AdapterState
-from fedlora.models.metrics import Metric, Predictions
 from server.roster import RunFailed
 from strategies import STRATEGIES
 from strategies.base import Round, Strategy, Weighted
@@ -56,33 +56,16 @@ def strategy(federation: FederationConfig) -> Strategy:
     return Strategy(aggregate=aggregate, start=start)
 
 
-def measures(federation: FederationConfig) -> dict[str, Metric]:
-    """Name -> metric of ``federation.metrics``; the name is the object's own.
-
-    Raises:
-        InputError: If a plug-in cannot be loaded.
-    """
-    names = zip(federation.metric_names, federation.metrics, strict=True)
-    return {short: _measure(name) for short, name in names}
-
-
-def _measure(name: str) -> Metric:
-    metric: Metric = plugins.load("federation.metrics", name)
-
-    def measure(predictions: Predictions) -> float:
-        with _named("federation.metrics", name):
-            return float(metric(predictions))
-
-    return measure
-
-
-def callbacks(names: Iterable[str]) -> list[Callable[[Mapping[str, Any]], object]]:
+def callbacks(config: RunConfig) -> list[Callable[[Mapping[str, Any]], object]]:
     """The functions of ``tracking.callbacks``. What they raise ends the run as it is.
 
+    A class is called with the run first; what it gives is the function.
+
     Raises:
         InputError: If a plug-in cannot be loaded.
     """
-    return [plugins.load("tracking.callbacks", name) for name in names]
+    found = [plugins.load("tracking.callbacks", name) for name in config.tracking.callbacks]
+    return [made(config) if isinstance(made, type) else made for made in found]
 
 
 @contextlib.contextmanager

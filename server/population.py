@@ -94,7 +94,7 @@ def check_settings(config: RunConfig, records: Federation) -> None:
     size = len(records.names)
     check_federation(config, size)
     if not len(records.all_held_out):
-        if lost := findings.not_measured(config, records):
+        if lost := findings.not_measured(records):
             raise InputError(
                 f"all {lost:,} rows of data.test-source that could be measured on are of "
                 "institutions that do not train; those that do are "

@@ -22,10 +22,6 @@ ALONE = (
     ' If all other institutions collude, "epsilon_alone" of an institution is the bound for its '
     "records."
 )
-NOT_MASKED = (
-    " This simulation added up the institutions' vectors without masks (privacy.protocol = ideal): "
-    "the promise is that of a deployment, where the server sees their sum only."
-)
 SIMULATED_KEYS = (
     " This simulation made all institutions' keys from its seed: the promise is that of a "
     "deployment, where each has a key of its own."
@@ -61,11 +57,6 @@ CLASS_OF_A_RECORD = ", and a class of one record shows that record's label"
 CLASS_OF_AN_INSTITUTION = (
     ", and a class that only one institution has shows that an institution with such records takes "
     "part"
-)
-POOLED = (
-    " With data.view = pooled a value of {unit!r} that has records at several institutions counts "
-    "as one unit at each of them, so that only its records at one institution are protected at "
-    "once."
 )
 
 
@@ -155,11 +146,9 @@ def promise(config: RunConfig, *, follows: bool) -> dict[str, str]:
         "times what it is otherwise, plus delta."
     )
     if privacy.shares_noise:
-        words += ALONE + NOT_MASKED * (not privacy.masks)
-        words += SIMULATED_KEYS * (privacy.masks and not config.deployed)
+        words += ALONE
+        words += SIMULATED_KEYS * (not config.deployed)
     words += _classes(config)
-    if config.data.view == "pooled" and privacy.unit != "record":
-        words += POOLED.format(unit=privacy.unit)
     if config.adapter.start:
         words += STARTED.format(what="an earlier adapter (adapter.start)")
     elif follows:

@@ -303,8 +303,7 @@ class Roster:
                 f"budget exhausted: {lacking} of {len(self)} institutions have too little left in "
                 f"their ledgers for a run at privacy.epsilon {privacy.epsilon:g}, and "
                 f"{least} institutions are needed; lower privacy.epsilon or use "
-                "other records (`fedlora ledger show` prints what is left; privacy.max-epsilon is "
-                "for new ledgers and does not raise the limit of one that exists)"
+                "other records (`fedlora ledger show` prints what is left)"
             )
 
     def findings(self) -> list[findings.Finding]:

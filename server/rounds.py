@@ -39,7 +39,6 @@ from server import (
     joining,
     limits,
     plugged,
-    tracking,
 )
 from server.aggregation import Aggregated, Report
 from server.population import population_of
@@ -115,16 +114,17 @@ class Federation:
     """
 
     def __init__(self, grid: Grid, config: RunConfig) -> None:
-        tracking.check(config)
-        self.measures = plugged.measures(config.federation)
-        self.callbacks = plugged.callbacks(config.tracking.callbacks)
+        self.callbacks = plugged.callbacks(config)
         self.grid, self.config = grid, config
         self.population = population_of(config)
         size = self.population.size
         self.participations = config.federation.participations(size)
         self.strategy = plugged.strategy(config.federation)
-        masks = config.privacy.masks
-        self.session = SecureSession(grid, config, self.population.names) if masks else None
+        self.session = (
+            SecureSession(grid, config, self.population.names)
+            if config.privacy.shares_noise
+            else None
+        )
         self.aggregation = aggregation.choose(
             config, size, self.participations, self.strategy, self.session
         )
@@ -166,7 +166,6 @@ class Federation:
             self.roster.check_budgets(self.least)
             if self.config.deployed:
                 self.roster.check_noise(self.participations)
-        tracker = tracking.Tracking(self.config, self.state.run)
         if self.state.round == 0:
             self.directory.create(self.config)
             self.directory.save(self.state)
@@ -194,7 +193,6 @@ class Federation:
             record["all_asked"], played = len(names) == len(online), True
             self.directory.append(record)
             self.directory.save(self.state)
-            tracker.round(record)
             for callback in self.callbacks:
                 callback(record)
             log.info(
@@ -215,7 +213,6 @@ class Federation:
         if not played and lines:  # the process that played the last round may have failed on it
             limits.check_progress(lines[-1], self.idle_rounds, last=True)
         self.finish()
-        tracker.end()
 
     @property
     def least(self) -> int:
@@ -432,9 +429,7 @@ class Federation:
         """
         federation, state = self.config.federation, self.state
         if not federation.traits.local_parts:
-            return evaluation.evaluate_global(
-                self.work, state.final_adapter(), self.population, self.measures
-            )
+            return evaluation.evaluate_global(self.work, state.final_adapter(), self.population)
         if self.config.deployed:  # institutions give no figures of their own rows there
             return {"institutions": {}}
         order = EvaluateOrder(run=state.run, round=state.round, save=save, adapter=state.adapter)

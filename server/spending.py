@@ -93,7 +93,7 @@ class Spending:
         sizes = [2**k for k in range(MAX_SIZE_CLASS.bit_length())]
         for size in sizes if size_class is None else [s for s in sizes if s == size_class]:
             training = self.config.training
-            rate = accounting.sample_rate(training.sample_rate, training.batch_size, size)
+            rate = training.rate(size)
             try:
                 if (said.delta, said.sample_rate) == (delta_of(self.config.privacy, size), rate):
                     return plan_run(self.config, size, self.participations)

@@ -1,4 +1,9 @@
-"""The adapter that a run starts from: a fresh one, or one of an earlier run or a directory."""
+"""The adapter that a run starts from: a fresh one, or one of an earlier run or a directory.
+
+An earlier run is public where it was on other records, and private where it was on these. What a
+private one reveals of these records must be in a ledger: in a deployment each institution has one
+for all runs. A simulation has ledgers of its own, so that no private start is allowed there.
+"""
 
 import json
 from collections.abc import Iterator
@@ -24,20 +29,14 @@ from fedlora.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     HOME_CONFIG,
-    LEDGERS,
-    PRIVACY,
     UNKNOWN,
     is_audited,
     is_complete,
-    made_at_home,
     read_run_file,
 )
 from fedlora.wire import released
 from fedlora.wire.released import ReleaseFiles
 from strategies.lowrank import carried, recompressed
-
-OF_ONE = "records of an institution, which this run may be on too"
-OF_INSTITUTIONS = "records of institutions, which this run may be on too"
 
 
 def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
@@ -58,11 +57,10 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
 
     Raises:
         InputError: If the directory holds no adapter, or one of another base, rank or scale; if it
-            is a run that was not completed or has no adapter for all; if it was trained without DP
-            on the records that this run protects, or with DP that other ledgers were charged for;
-            if the base was merged from a run on these records.
+            is a run that was not completed or has no adapter for all; if it or the base knows
+            records that this run protects, and no ledger counts that.
     """
-    _check_base(config)
+    _check_private(config)
     start = config.adapter.start
     if not start:
         return work.start
@@ -71,16 +69,22 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
     if origin and origin.released:
         _check_run(origin.run_dir, config, work)
         folder = origin.run_dir / "adapter"
-    _check_promises(config)
-    _check_recorded(config)
     _check_split(config)
+    loaded = _opened(config, work, folder)
+    if config.federation.traits.residuals:
+        return loaded.updated(_within(loaded, RESIDUAL_RANK))
+    return loaded
+
+
+def _opened(config: RunConfig, work: Trainable, folder: Path) -> AdapterState:
+    """The adapter in a directory, if it fits the run. Raises `InputError`."""
+    start, fresh = config.adapter.start, work.start
     residuals = config.federation.traits.residuals
     try:
         loaded = open_for(folder, work.start, residuals=residuals)
         scale = saved_scale(folder)
     except InputError as error:
         raise InputError(f"adapter.start is {start}: {error}") from None
-    fresh = work.start
     head = {name: torch.zeros_like(tensor) for name, tensor in fresh.only(("head",)).items()}
     shaped = all(name in loaded and loaded[name].shape == t.shape for name, t in head.items())
     if not shaped or _labels(folder) not in (None, list(work.labels)):
@@ -91,9 +95,9 @@ def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
             "give an adapter of the same model.name, adapter.method, adapter.rank and "
             "adapter.target-modules"
         )
-    if residuals:
-        return loaded.updated(_within(loaded, RESIDUAL_RANK))
-    if scale != Scale(config.adapter.alpha, config.adapter.method.endswith("rslora")):
+    if not residuals and scale != Scale(
+        config.adapter.alpha, config.adapter.method.endswith("rslora")
+    ):
         raise InputError(
             f"adapter.start is {start}, an adapter of alpha {scale.alpha:g}"
             f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"
@@ -183,13 +187,6 @@ def _origin(start: str) -> _Origin | None:
     return None
 
 
-def _handed_out(start: str) -> ReleaseFiles | None:
-    """A released adapter that an institution keeps, or got, outside of a run's directory."""
-    folder = expanded(start)
-    known = bool(start) and (folder / released.FILE).exists() and _origin(start) is None
-    return ReleaseFiles.open(folder) if known else None
-
-
 def origins(config: RunConfig) -> list[Origin]:
     """The runs whose records the start of a run may know: those that it follows, those of its base.
 
@@ -202,13 +199,13 @@ def origins(config: RunConfig) -> list[Origin]:
     start, found = config.adapter.start, origins_of_base(config.model.name)
     if start and not expanded(start).exists():
         found.append(Origin(run=UNKNOWN, source=Path(start).name, private=False))
-    if (one := _handed_out(start)) is not None:
-        followed = from_flat(one.config)
-        private = is_private(followed) and followed.privacy.promises
-        found += [Origin(run=one.run, source=INSTITUTIONS, private=private), *one.origins]
+    for start in [config.adapter.start, *(one.adapter.start for one, _ in _lineage(config))]:
+        if (one := _handed_out(start)) is not None:
+            followed = from_flat(one.config)
+            private = is_private(followed) and followed.privacy.promises
+            found += [Origin(run=one.run, source=INSTITUTIONS, private=private), *one.origins]
     for earlier, origin in _lineage(config):
-        complete = is_complete(origin.run_dir)
-        result = read_run_file(origin.run_dir) if complete else {}
+        result = read_run_file(origin.run_dir) if is_complete(origin.run_dir) else {}
         own_model = not origin.released
         private = is_private(earlier, own_model=own_model) and earlier.privacy.promises
         found += origins_of_run(
@@ -218,90 +215,54 @@ def origins(config: RunConfig) -> list[Origin]:
     return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
-def _check_base(config: RunConfig) -> None:
-    """Check that the base was not trained on the records that a run promises to protect.
+def _check_private(config: RunConfig) -> None:
+    """Check that what a run starts from knows nothing of the records that its promise leaves out.
 
     Raises:
-        InputError: If the base was merged from a run on a source of the same name, or from one that
-            follows such a run; any two tables in memory count as the same.
+        InputError: Naming the start and the run that knows too much.
     """
-    for origin in origins_of_base(config.model.name):
-        if same := _uncounted(config, origin):
+    start = f"adapter.start is {config.adapter.start}, model.name is {config.model.name}"
+    known = [(origin["run"], _uncounted(config, origin)) for origin in origins(config)]
+    for earlier, origin in _lineage(config):
+        if is_audited(origin.run_dir):
             raise InputError(
-                f"model.name is {config.model.name}, and the run {origin['run']}, from which it "
-                f"was merged, was on {same}: what it reveals of these records would be in no "
-                "figure of this run; take another base, or, if that run was under DP on the same "
-                "records, its base, and its adapter as adapter.start"
+                f"{start}, and {origin.run_dir} is an audited run, which was trained on planted "
+                "records too; start from the run itself"
             )
+        if _protects(config) and not config.deployed and _same_records(earlier, config):
+            known.append((str(origin.run_dir), "the same data.source"))
+    for run, same in known:
+        if same:
+            raise InputError(
+                f"{start}, and it goes back to the run {run} on {same}: what that reveals of these "
+                "records would be in no figure of this run; start from an adapter and a base of "
+                "public records, or plan all rounds in one run"
+            )
+
+
+def _protects(config: RunConfig) -> bool:
+    return config.privacy.promises or config.privacy.hides_institutions
 
 
 def _uncounted(config: RunConfig, origin: Origin) -> str:
-    """What the sources of a run and of one behind its start have in common by their names.
+    """What records a run may have in common with one behind its start that no ledger counts.
 
-    A deployed run names no institution's file, and of what is gone nobody knows the records: either
-    counts as in common. Empty where they have nothing in common, where the run promises nothing,
-    and where ledgers have the earlier run: in a deployment each institution has one for all runs.
+    Empty where there are none. A deployed run names no institution's file, and of what is gone
+    nobody knows the records: either counts as in common.
     """
-    privacy, names = config.privacy, (source(config), origin["source"])
-    if not privacy.promises and not privacy.hides_institutions:
-        return ""
-    if config.deployed and origin["source"] == ONE_INSTITUTION:
-        return OF_ONE
-    if config.deployed and origin["private"] and not privacy.hides_institutions:
+    if not _protects(config):
         return ""
     if origin["run"] == UNKNOWN:
         return "records that nobody knows"
-    hidden = privacy.hides_institutions or not origin["private"]
-    if not config.deployed and origin["source"] == INSTITUTIONS and hidden:
-        return OF_INSTITUTIONS
+    of_institutions = origin["source"] in (INSTITUTIONS, ONE_INSTITUTION)
+    hides = config.privacy.hides_institutions
+    if of_institutions and (config.deployed or hides or not origin["private"]):
+        counted = config.deployed and origin["private"] and not hides
+        return "" if counted else "records of institutions, which this run may be on too"
+    names = source(config), origin["source"]
     if all(name.startswith(tables.MEMORY) for name in names):
-        return "a table too"
+        return "a table too (two tables count as the same records; read public ones from a file)"
     return f"a data.source of this name ({names[0]})" if names[0] == names[1] else ""
-
-
-def _check_recorded(config: RunConfig) -> None:
-    """Check the runs that earlier runs say to go back to and whose directories are gone.
-
-    Where an earlier run was on the same records as this one and as those before it, it was charged
-    to the ledgers of these.
-
-    Raises:
-        InputError: If one of them was on a source of this run's name.
-    """
-    start = config.adapter.start
-    followed = [(earlier, origin.run_dir, read_run_file(origin.run_dir))
-                for earlier, origin in _lineage(config) if is_complete(origin.run_dir)]  # fmt: skip
-    # `fedlora home` names the run whose adapter it took, which need not be here
-    here = {result.get("run", run_dir.name) for _, run_dir, result in followed
-            if not made_at_home(run_dir)}  # fmt: skip
-    for earlier, _, result in followed:
-        for origin in result.get("origins", []):
-            counted = (
-                origin["private"]
-                and origin["source"] == source(earlier)
-                and _same_records(earlier.data.source, config.data.source)
-            )
-            if origin["run"] in here or counted:
-                continue
-            if same := _uncounted(config, origin):
-                raise _goes_back(start, origin, same)
-    for start in _starts(config):
-        for origin in handed_out.origins if (handed_out := _handed_out(start)) else ():
-            if same := _uncounted(config, origin):
-                raise _goes_back(config.adapter.start, origin, same)
-
-
-def _goes_back(start: str, origin: Origin, same: str) -> InputError:
-    return InputError(
-        f"adapter.start is {start}, and it goes back to the run {origin['run']} on {same}: what "
-        "that reveals of these records would be in no figure of this run; start from another "
-        "adapter"
-    )
-
-
-def _starts(config: RunConfig) -> list[str]:
-    """The start of a run, and those of the runs that it follows."""
-    return [config.adapter.start, *(one.adapter.start for one, _ in _lineage(config))]
 
 
 def _check_split(config: RunConfig) -> None:
@@ -312,157 +273,25 @@ def _check_split(config: RunConfig) -> None:
     """
     if config.deployed:  # each institution holds its own rows out
         return
-    start, now = f"adapter.start is {config.adapter.start}", config.flat()
-    apart = config.data.test_source
-    keys = ("data.test-source", "data.text")
-    if not apart:
-        keys += ("data.label", "data.test-fraction", "seed")
+    now = config.flat()
     for earlier, _ in _lineage(config):
-        if apart and _one_file(earlier.data.source, apart):
-            raise InputError(
-                f"{start}, which was trained on data.test-source {apart}; measure on other rows"
-            )
         before = earlier.flat()
+        keys = ("seed", "data.text", "data.label", "data.test-source", "data.test-fraction")
         other = next((key for key in keys if before[key] != now[key]), "")
-        if not apart and bool(before["data.labels"]) != bool(now["data.labels"]):
-            other = other or "data.labels"  # a list of classes lets a class's only text be held out
-        if other and _one_file(earlier.data.source, config.data.source):
+        if other and _same_records(earlier, config):
             raise InputError(
-                f"{start}, which was trained on these records by another split ({other} "
-                f"{before[other]!r}, here {now[other]!r}): it knows some of the rows that this run "
-                f"holds out; give the {other} of that run"
+                f"adapter.start is {config.adapter.start}, which was trained on these records by "
+                f"another split ({other} {before[other]!r}, here {now[other]!r}): it knows some of "
+                f"the rows that this run holds out; give the {other} of that run"
             )
 
 
-def _check_promises(config: RunConfig) -> None:
-    """Check that what a run starts from reveals nothing that its promise leaves out.
-
-    Raises:
-        InputError: Naming the start and the remedy.
-    """
-    start, privacy = f"adapter.start is {config.adapter.start}", config.privacy
-    for handed_out in filter(None, map(_handed_out, _starts(config))):
-        promised = from_flat(handed_out.config).privacy.promises
-        if privacy.hides_institutions or (privacy.promises and not promised):
-            raise InputError(
-                f"{start}, and the run {handed_out.name} released what it goes back to: that may "
-                "reveal records that this run promises to protect, and is in no figure of it; "
-                "start from an adapter of public records"
-            )
-    for earlier, origin in _lineage(config):
-        if is_audited(origin.run_dir):
-            raise InputError(
-                f"{start}, and {origin.run_dir} is an audited run, which was trained on planted "
-                "records too; start from the run itself"
-            )
-        same = _shared_records(config, earlier, origin)
-        if not same:
-            continue
-        if privacy.hides_institutions:
-            raise InputError(
-                f"{start}, and a run that it follows had {same}: no ledger adds up two runs for "
-                "privacy.institution-epsilon; plan all rounds in one run"
-            )
-        if not privacy.promises:
-            continue
-        if not origin.released:
-            raise InputError(
-                f"{start}, and it follows an institution's own adapter of {origin.run_dir}, a run "
-                f"on {same}: that run's promise does not cover it; start from the "
-                "adapter that the run released"
-            )
-        if not earlier.privacy.promises:
-            raise InputError(
-                f"{start}, and it follows a run without DP on {same}: its adapter may "
-                "reveal records that privacy.epsilon promises to protect; start from a run "
-                "under DP, or from one on public records"
-            )
-        if not config.deployed:
-            _check_ledgers(config, earlier, origin.run_dir, same)
-
-
-def _check_ledgers(config: RunConfig, earlier: RunConfig, run_dir: Path, same: str) -> None:
-    """Check that the ledgers of a simulation add up what an earlier one spent on these records.
-
-    Args:
-        config: The simulation.
-        earlier: The one that it follows.
-        run_dir: That one's directory.
-        same: What their sources have in common.
-
-    Raises:
-        InputError: Naming the start and the remedy.
-    """
-    start = f"adapter.start is {config.adapter.start}"
-    if changed := _assigned_otherwise(earlier, config):
-        raise InputError(
-            f"{start}, and {run_dir} spent on {same}, whose records it assigned to "
-            f"institutions in another way ({changed} is other): their ledgers would not add up "
-            f"both runs; give the {changed} of that run"
-        )
-    given = config.privacy.ledger and expanded(config.privacy.ledger)
-    ledgers = Path(earlier.privacy.ledger or run_dir / LEDGERS)
-    if not (given and ledgers.is_dir() and given.is_dir() and ledgers.samefile(given)):
-        raise InputError(
-            f"{start}, and {run_dir} spent on {same}: privacy.ledger is "
-            f"{given or 'not set'}, so this run's epsilon would leave that out; set "
-            f"privacy.ledger to {ledgers}, which both runs are then charged to (their limit is "
-            "the first run's privacy.max-epsilon)"
-        )
-    for name in _spenders(run_dir):
-        if not (ledgers / f"{name}.db").is_file():
-            raise InputError(
-                f"{start}, and {ledgers} has no ledger of {name}, which spent in "
-                f"{run_dir}, so nobody knows what is spent already; restore it"
-            )
-
-
-def _assigned_otherwise(earlier: RunConfig, config: RunConfig) -> str:
-    """The first key by which records of one source have other institutions; empty if none.
-
-    Where a column names the institutions, a name stands for the same records, and its ledger
-    refuses others.
-    """
-    before, now = earlier.flat(), config.flat()
-    if (before["data.view"] == "pooled") != (now["data.view"] == "pooled"):
-        return "data.view"
-    keys = ["data.partition"]
-    if not str(before["data.partition"]).startswith("natural:"):
-        free = ("data.source", "data.test-source", "data.view")
-        keys += ["seed", *(key for key in now if key.startswith("data.") and key not in free)]
-    return next((key for key in keys if before[key] != now[key]), "")
-
-
-def _spenders(run_dir: Path) -> list[str]:
-    """The institutions that spent in a run, or may have."""
-    said = read_run_file(run_dir, PRIVACY)
-    return [*said["institutions"], *said.get("without_report", ())]
-
-
-def _one_file(one: str, other: str) -> bool:
-    """Whether two sources have a file in common. Nobody knows it of tables in memory."""
-    in_memory = one.startswith(tables.MEMORY) or other.startswith(tables.MEMORY)
-    return not in_memory and bool(_same_records(one, other))
-
-
-def _shared_records(config: RunConfig, earlier: RunConfig, origin: _Origin) -> str:
-    """What records a run may have in common with one that it follows; empty if none."""
-    same = _same_records(earlier.data.source, config.data.source)
-    if config.deployed and not origin.released:  # nobody here knows of which records
-        return same or OF_ONE
-    hidden = config.privacy.hides_institutions or not earlier.privacy.promises
-    if earlier.deployed and not config.deployed and hidden:
-        return OF_INSTITUTIONS
-    return same
-
-
-def _same_records(one: str, other: str) -> str:
-    """What two ``data.source`` have in common, if they may hold the same records; else empty."""
-    if one == other or _contents(one) & _contents(other):
-        return "the same data.source"
-    if one.startswith(tables.MEMORY) and other.startswith(tables.MEMORY):
-        return "a table too (two tables count as the same records; read public ones from a file)"
-    return ""
+def _same_records(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs have one ``data.source``, by name or by content."""
+    sources_of = one.data.source, other.data.source
+    return sources_of[0] == sources_of[1] or bool(
+        _contents(sources_of[0]) & _contents(sources_of[1])
+    )
 
 
 def _contents(source: str) -> set[str]:
@@ -472,6 +301,13 @@ def _contents(source: str) -> set[str]:
         return {sha256(file) for file in files}
     except (InputError, OSError):
         return set()
+
+
+def _handed_out(start: str) -> ReleaseFiles | None:
+    """A released adapter that an institution keeps, or got, outside of a run's directory."""
+    folder = expanded(start)
+    known = bool(start) and (folder / released.FILE).exists() and _origin(start) is None
+    return ReleaseFiles.open(folder) if known else None
 
 
 def _lineage(config: RunConfig) -> Iterator[tuple[RunConfig, _Origin]]:

@@ -1,43 +1,22 @@
-"""Copies of a run's figures in MLflow and TensorBoard, and of its files in MLflow.
+"""Copies of a run's figures in MLflow and TensorBoard, as built-in ``tracking.callbacks``.
 
-Trackers are off, and not imported, unless configured. Figures are those of rounds.jsonl; files are
-the adapter, ``privacy.json`` and the report.
+Each is made for a run and called with each line of rounds.jsonl. What they log is in that line: the
+server and its institutions send them nothing else. A tracker that fails is dropped with a warning,
+since it holds copies only.
 """
 
-import hashlib
-import importlib.util
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedlora.config.config import RunConfig
 from fedlora.errors import InputError
-from fedlora.runs.run_files import PRIVACY
 
 log = logging.getLogger("fedlora.server")
 
-EXPERIMENT = "fedlora"
-IDENTITY, PARENT = "fedlora_run", "mlflow.parentRunId"
-"""Tags of a run in MLflow: fedlora's identity of the run, and MLflow's own for nested runs."""
-SWEEP = "FEDLORA_MLFLOW_PARENT"
-"""In the environment of a sweep's cells: the id of the sweep's run in MLflow."""
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a configuration whose tracker is not installed.
-
-    Raises:
-        InputError: Naming the key and the package to install.
-    """
-    for name in ("mlflow", "tensorboard"):
-        value = getattr(config.tracking, name)
-        if value and importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"tracking.{name} is {value!r}, but {name} is not installed; run: "
-                f"pip install {name}, or leave it empty"
-            )
+EXPERIMENT, IDENTITY = "fedlora", "fedlora_run"
+"""The experiment in MLflow, and the tag with a run's directory, by which a resumed run is found."""
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
@@ -52,160 +31,76 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
 
 
-class Tracking:
-    """The trackers that a run has configured, if any.
+class _Tracker:
+    """A tracker that is dropped when it fails."""
 
-    A tracker that fails during the run is dropped with a warning, since it holds copies only.
+    name = ""
 
-    Args:
-        config: The run.
-        run: The run's identity, so that a resumed run continues in the same place.
-    """
-
-    def __init__(self, config: RunConfig, run: str) -> None:
-        self._directory, self._model = Path(config.run_dir), config.tracking.mlflow_model
-        self._board: Any = None
-        self._client: Any = None
-        self._id = ""
-        if config.tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            place = Path(config.tracking.tensorboard, f"{_name(config)}-{run[:8]}")
-            self._board = SummaryWriter(str(place))
-        if config.tracking.mlflow:
-            try:
-                self._client = _client(config)
-                tags = {PARENT: os.environ[SWEEP]} if SWEEP in os.environ else {}
-                self._id = _begin(self._client, run, _name(config), tags, config.flat())
-            except Exception as error:  # of its server, file or database
-                raise _unreachable(config, error) from None
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Log one line of rounds.jsonl."""
-        number, found = record["round"], figures(record)
-        if self._board is not None:
-            try:
-                for name, value in found.items():
-                    self._board.add_scalar(name, value, number)
-                self._board.flush()
-            except Exception as error:
-                log.warning("TensorBoard gets nothing from round %d on: %s", number, error)
-                self._board = None
-        if self._client is not None:
-            try:
-                for name, value in found.items():
-                    self._client.log_metric(self._id, name, value, step=number)
-            except Exception as error:
-                log.warning("MLflow gets nothing from round %d on: %s", number, error)
-                self._client = None
-
-    def end(self) -> None:
-        """Log the run's adapter and ``privacy.json``, and mark the run as complete.
-
-        With ``tracking.mlflow-model`` the adapter becomes a version of that registered model.
-        """
+    def __init__(self, config: RunConfig) -> None:
+        self._failed = False
         try:
-            if self._board is not None:
-                self._board.close()
-            if self._client is not None:
-                self._client.log_artifacts(self._id, str(self._directory / "adapter"), "adapter")
-                self._client.log_artifact(self._id, str(self._directory / PRIVACY))
-                if self._model:
-                    _register(self._client, self._model, self._id)
-                self._client.set_terminated(self._id)
+            self._begin(config)
+        except ImportError as error:
+            raise InputError(
+                f"tracking.callbacks names {self.name}, which cannot be imported ({error}); run: "
+                "pip install 'fedlora[tracking]', or leave it out"
+            ) from None
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if self._failed:
+            return
+        try:
+            self._log(figures(record), record["round"])
         except Exception as error:
-            log.warning("tracking ended with an error: %s", error)
+            log.warning("%s gets nothing from round %d on: %s", self.name, record["round"], error)
+            self._failed = True
+
+    def _begin(self, config: RunConfig) -> None:
+        raise NotImplementedError
+
+    def _log(self, found: Mapping[str, float], number: int) -> None:
+        raise NotImplementedError
 
 
-def add_report(config: RunConfig, run: str, report: Path) -> None:
-    """Log the page of a complete run in MLflow, if the run was tracked there.
+class tensorboard(_Tracker):  # noqa: N801  (a configuration names it)
+    """Event files in ``RUN_DIR/tensorboard``."""
 
-    A failure is a warning, since the tracker holds copies only.
-    """
-    if not config.tracking.mlflow or not report.is_file():
-        return
-    try:
-        client = _client(config)
-        client.log_artifact(_begin(client, run, _name(config)), str(report))
-    except Exception as error:
-        log.warning("tracking: %s was not logged: %s", report.name, error)
+    name = "TensorBoard"
 
+    def _begin(self, config: RunConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-def begin_sweep(config: RunConfig, out: Path) -> str:
-    """Begin a sweep's run in MLflow, or find it again; runs of cells are nested under it.
+        self._board: Any = SummaryWriter(str(Path(config.run_dir, "tensorboard")))
 
-    Args:
-        config: Any cell's configuration.
-        out: The sweep's directory, which gives it name and identity.
-
-    Returns:
-        The run's id in MLflow, for the cells' environment as `SWEEP`; empty without MLflow.
-
-    Raises:
-        InputError: If MLflow is not installed or cannot be reached.
-    """
-    if not config.tracking.mlflow:
-        return ""
-    check(config)
-    try:
-        identity = hashlib.sha256(str(out.absolute()).encode()).hexdigest()
-        return _begin(_client(config), identity, out.name)
-    except Exception as error:
-        raise _unreachable(config, error) from None
+    def _log(self, found: Mapping[str, float], number: int) -> None:
+        for name, value in found.items():
+            self._board.add_scalar(name, value, number)
+        self._board.flush()
 
 
-def end_sweep(config: RunConfig, parent: str, results: Path) -> None:
-    """Log a sweep's table in MLflow and mark the sweep's run as complete.
+class mlflow(_Tracker):  # noqa: N801
+    """A run in the MLflow of ``MLFLOW_TRACKING_URI``."""
 
-    A failure is a warning, since the tracker holds copies only.
-    """
-    try:
-        client = _client(config)
-        client.log_artifact(parent, str(results))
-        client.set_terminated(parent)
-    except Exception as error:
-        log.warning("tracking of the sweep ended with an error: %s", error)
+    name = "MLflow"
 
+    def _begin(self, config: RunConfig) -> None:
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
-def _name(config: RunConfig) -> str:
-    return Path(config.run_dir).name
+        self._client: Any = MlflowClient()
+        known = self._client.get_experiment_by_name(EXPERIMENT)
+        place = known.experiment_id if known else self._client.create_experiment(EXPERIMENT)
+        found = self._client.search_runs([place], f"tags.{IDENTITY} = '{config.run_dir}'")
+        begun = (
+            found[0]
+            if found
+            else self._client.create_run(
+                place, tags={IDENTITY: config.run_dir}, run_name=Path(config.run_dir).name
+            )
+        )
+        self._run = begun.info.run_id
+        for key, value in ({} if found else config.public()).items():
+            self._client.log_param(self._run, key, value)
 
-
-def _unreachable(config: RunConfig, error: Exception) -> InputError:
-    return InputError(
-        f"tracking.mlflow is {config.tracking.mlflow!r}, but nothing can be logged there "
-        f"({type(error).__name__}: {error}); correct it or leave it empty"
-    )
-
-
-def _client(config: RunConfig) -> Any:
-    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
-
-    return MlflowClient(tracking_uri=config.tracking.mlflow)
-
-
-def _register(client: Any, model: str, run: str) -> None:
-    """Make the adapter of a run in MLflow the newest version of a registered model."""
-    if not client.search_registered_models(f"name = '{model}'"):
-        client.create_registered_model(model)
-    source = f"{client.get_run(run).info.artifact_uri}/adapter"
-    client.create_model_version(model, source=source, run_id=run)
-
-
-def _begin(
-    client: Any,
-    run: str,
-    name: str,
-    tags: Mapping[str, str] | None = None,
-    parameters: Mapping[str, Any] | None = None,
-) -> str:
-    """The id of a run in MLflow; a new one is made with these tags and parameters."""
-    known = client.get_experiment_by_name(EXPERIMENT)
-    experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT)
-    found = client.search_runs([experiment], f"tags.{IDENTITY} = '{run}'")
-    if found:
-        return found[0].info.run_id
-    begun = client.create_run(experiment, tags={IDENTITY: run, **(tags or {})}, run_name=name)
-    for key, value in (parameters or {}).items():
-        client.log_param(begun.info.run_id, key, value)
-    return begun.info.run_id
+    def _log(self, found: Mapping[str, float], number: int) -> None:
+        for name, value in found.items():
+            self._client.log_metric(self._run, name, value, step=number)

@@ -294,7 +294,7 @@ class _Checks:
             _same("secure_aggregation", self.said.get("secure_aggregation"), None, CONFIG)
             return
         said = self.said["secure_aggregation"]
-        for key in ("honest", "colluding", "protocol"):
+        for key in ("honest", "colluding"):
             _same(key, said[key], getattr(privacy, key), CONFIG)
         _same("institutions of secure_aggregation", said["institutions"], self._size, RESULT)
         least = noise_shares.least_survivors(self._size, privacy.honest, privacy.colluding)

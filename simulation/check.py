@@ -7,13 +7,13 @@ dropped.
 
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from fedlora import files, processors
+from fedlora import processors
 from fedlora.config.config import RunConfig
 from fedlora.data import findings
 from fedlora.data.findings import Finding
@@ -29,11 +29,27 @@ if TYPE_CHECKING:
     from fedlora.models.trainable import Trainable
     from fedlora.privacy.accounting import PrivacyPlan
 
+_T = TypeVar("_T")
 TIMED_ROWS = 64
 """The most records of the timed step, and the most held-out rows of the timed evaluation. A step of
 32 takes twice as long a record under DP as those of a run do."""
 
 DROPPED = "of an institution left out or a class without one, or above data.max-records"
+
+
+@dataclass
+class _Attempts:
+    """Calls of which each may find a reason why `fedlora run` would refuse the run."""
+
+    refused: list[str] = field(default_factory=list[str])
+
+    def __call__(self, inspect: Callable[..., _T], *arguments: Any) -> _T | None:
+        """The result of a call; None where it is refused."""
+        try:
+            return inspect(*arguments)
+        except (InputError, Refusal) as error:
+            self.refused.append(str(error))
+            return None
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
@@ -43,71 +59,24 @@ def describe(config: RunConfig) -> dict[str, Any]:
         config: The run, a simulation.
 
     Returns:
-        ``rows``, ``classes``, ``institutions``, ``left_out``, ``ledgers``, ``privacy``, ``model``,
-        ``cost``; ``findings``; and ``refused``, the reasons why `fedlora run` would refuse it.
-        Values are ready for JSON.
+        ``rows``, ``classes``, ``institutions``, ``left_out``, ``privacy``, ``model``, ``cost``;
+        ``findings``; and ``refused``, the reasons why `fedlora run` would refuse it. Values are
+        ready for JSON.
 
     Raises:
         InputError: If the records cannot be read at all, or the run is a deployment's.
     """
-    if config.deployed:
-        raise InputError(
-            "data.source is 'institutions', where nobody sees all records; each institution checks "
-            "its own with `fedlora deploy check --institution SETTINGS.toml`"
-        )
-    records = prepare(config)
-    with paused_gc():
-        from server import aggregation, plugged, population, tracking
-        from server.start import head_start, start_adapter
-    refused: list[str] = []
-
-    def attempt(inspect: Any, *arguments: Any) -> Any:
-        try:
-            return inspect(*arguments)
-        except (InputError, Refusal) as error:
-            refused.append(str(error))
-            return None
-
+    records, attempt = prepare(config), _Attempts()
     cap = config.federation.participations(len(records.names))
-    attempt(population.check_settings, config, records)
-    plans: list[PrivacyPlan] = []
-    if config.privacy.enabled:
-        plans = attempt(findings.plans_of, config, records.units, cap) or []
-    found: list[Finding] = []
-    if plans or not config.privacy.enabled:
-        found = findings.findings(config, records, cap)
-        attempt(findings.refuse, config, found)
-    ledgers = _ledgers(config, records, plans)
-    unusable = [ledger["problem"] for ledger in ledgers.values() if "problem" in ledger]
-    lacking = sum(not ledger["fits"] for ledger in ledgers.values())
-    strategy = attempt(plugged.strategy, config.federation)
-    chosen = attempt(aggregation.choose, config, len(records.names), cap, strategy, None)
-    least = chosen.least_asked if chosen else 1
-    if lacking and len(records.names) - lacking < least:
-        of = f"of {len(records.names)} institutions"
-        if unusable:
-            refused.append(
-                f"{len(unusable)} {of} cannot use their ledgers, and a round needs {least}: "
-                f"{unusable[0]}"
-            )
-        if exhausted := lacking - len(unusable):
-            refused.append(
-                f"budget exhausted: {exhausted} {of} have too little left in their ledgers, whose "
-                f"limit nothing raises, and {least} institutions are needed"
-            )
+    plans, found = _promise(config, records, cap, attempt)
     started = time.monotonic()
     work = attempt(_load, config, records)
     loading = time.monotonic() - started
-    attempt(tracking.check, config)
-    head = ""
-    if work is not None and (start := attempt(start_adapter, config, work)) is not None:
-        head = head_start(config, work, start)
     return {
         "rows": _rows(config, records),
         "classes": _classes(records),
         "institutions": _institutions(records, plans),
         "left_out": dict(records.left_out),
-        "ledgers": ledgers,
         "privacy": {
             "epsilon": config.privacy.epsilon,
             "unit": config.privacy.unit,
@@ -115,11 +84,39 @@ def describe(config: RunConfig) -> dict[str, Any]:
             "participations": cap,
             **({"reach": findings.reach(config, plans, cap)} if plans else {}),
         },
-        "model": {} if work is None else _model(config, work, head),
+        "model": {} if work is None else _model(config, work, _head(config, work, attempt)),
         "cost": {} if work is None else _cost(config, records, plans, work, loading),
         "findings": [vars(finding) for finding in found],
-        "refused": list(dict.fromkeys(refused)),
+        "refused": list(dict.fromkeys(attempt.refused)),
     }
+
+
+def _promise(
+    config: RunConfig, records: Federation, cap: int, attempt: _Attempts
+) -> tuple[Sequence["PrivacyPlan"], Sequence[Finding]]:
+    """Each institution's plan, and findings; what a server checks before its first round."""
+    with paused_gc():
+        from server import institution_privacy, plugged, population
+    attempt(population.check_settings, config, records)
+    attempt(plugged.strategy, config.federation)
+    attempt(plugged.callbacks, config)
+    if config.privacy.hides_institutions:
+        attempt(institution_privacy.plan, config, len(records.names), cap)
+    plans: Sequence[PrivacyPlan] = ()
+    if config.privacy.enabled:
+        plans = attempt(findings.plans_of, config, records.units, cap) or ()
+        if not plans:
+            return (), ()
+    found = findings.findings(config, records, cap)
+    attempt(findings.refuse, config, found)
+    return plans, found
+
+
+def _head(config: RunConfig, work: "Trainable", attempt: _Attempts) -> str:
+    with paused_gc():
+        from server.start import head_start, start_adapter
+    start = attempt(start_adapter, config, work)
+    return "" if start is None else head_start(config, work, start)
 
 
 def _load(config: RunConfig, records: Federation) -> "Trainable":
@@ -175,40 +172,6 @@ def _institutions(records: Federation, plans: Sequence["PrivacyPlan"]) -> dict[s
     return described
 
 
-def _ledgers(
-    config: RunConfig, records: Federation, plans: Sequence["PrivacyPlan"]
-) -> dict[str, dict[str, Any]]:
-    """Epsilon spent and left, limit, and whether the run fits, of ledgers that the run finds.
-
-    Also of those that it could not make.
-    """
-    if not plans or not config.privacy.ledger:
-        return {}
-    from client.checks import check_ledger_delta
-    from client.institution import Institution
-    from client.ledger import Ledger
-
-    described: dict[str, dict[str, Any]] = {}
-    for index, (name, plan) in enumerate(zip(records.names, plans, strict=True)):
-        institution = Institution.locate(config, index)
-        shard = records.train(index)
-        path, units = institution.ledger_path, shard.num_units
-        if not path.exists():
-            if path.parent.exists() and (exposed := files.exposed(path)):
-                described[name] = {"fits": False, "problem": exposed}
-            continue
-        try:
-            with Ledger.open(path) as ledger:
-                check_ledger_delta(ledger, path, units)
-                ledger.is_bound(shard.fingerprint, config.privacy.unit)
-                shown = ledger.show()
-                described[name] = {key: shown[key] for key in ("epsilon", "left", "limit", "delta")}
-                described[name]["fits"] = ledger.fits(plan.events)
-        except Refusal as refusal:
-            described[name] = {"fits": False, "problem": refusal.detail}
-    return described
-
-
 def _model(config: RunConfig, work: "Trainable", head: str) -> dict[str, Any]:
     from fedlora.models import tasks
     from fedlora.models.adapters import PARTS
@@ -243,7 +206,7 @@ def _cost(
     with processors.threads(config.engine.threads):
         of_row = _seconds_per_row(config, records, plans, work)
         measured_row = _evaluation_seconds_per_row(records, work)
-    workers = config.engine.workers or max(1, processors.count() // config.engine.threads)
+    workers = max(1, processors.count() // config.engine.threads)
     shards = [records.train(i) for i in range(names)]
     each = [(len(shard), rate_of(config, shard)) for shard in shards]
     rows = sum(size * rate for size, rate in each) * asked / names

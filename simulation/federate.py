@@ -1,20 +1,20 @@
 """`run`: the federation of a configuration, or of a data frame, in this process."""
 
 import contextlib
+import difflib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedlora.config import plugins, ready
-from fedlora.config.config import RunConfig, from_flat, load
+from fedlora.config import plugins, ready, schemes
+from fedlora.config.config import RunConfig, describe, from_flat, load
 from fedlora.data import records, rows, sources, tables
 from fedlora.data.tables import Table
 from fedlora.errors import InputError
 from fedlora.files import expanded
 from fedlora.startup import quiet_libraries
 from fedlora.terminal import Terminal
-from simulation.keywords import OWN, overrides
 from simulation.place import placed
 from simulation.result import Result
 from simulation.run import simulate
@@ -22,6 +22,13 @@ from simulation.run import simulate
 Record = Mapping[str, Any]
 """A round's line of ``rounds.jsonl``."""
 BY_INSTITUTION = f"natural:{tables.INSTITUTION}"
+OWN = {
+    "data.source": "data",
+    "data.test-source": "test_data",
+    "run-dir": "out",
+    "tracking.callbacks": "on_round",
+}
+"""Keys that `run` takes as arguments of other names."""
 
 
 def run(
@@ -50,8 +57,9 @@ def run(
         out: The run directory; by default ``runs/NAME-TIME``.
         engine: ``inline`` works in this process, ``ray`` in worker processes.
         progress: Whether progress and warnings are printed.
-        **keywords: Any key of the configuration: ``epsilon=3.0``, ``rounds=10``. They win over
-            ``config``.
+        **keywords: Any key of the configuration by its last part with underscores: ``epsilon=3.0``,
+            ``batch_size=64``. ``model`` is ``model.name``; keys of ``[home]`` begin with ``home_``.
+            They win over ``config``.
 
     Raises:
         InputError: Before any training, for a value that the caller can correct.
@@ -62,7 +70,7 @@ def run(
     records.forget()
     if engine not in ("inline", "ray"):
         raise InputError(f"engine is {engine!r}; it must be inline or ray")
-    values = overrides(keywords)
+    values = _overrides(keywords)
     if on_round is not None:
         kept = _resolved(config, {}).tracking.callbacks
         values["tracking.callbacks"] = [*kept, plugins.give("tracking.callbacks", on_round)]
@@ -86,6 +94,32 @@ def run(
         directory = expanded(str(out or default)).absolute()
         simulate(placed(resolved, directory), engine, Terminal(quiet=not progress))
     return Result(directory)
+
+
+def _overrides(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords as ``section.key`` -> value. Plug-ins are named, and found in this process.
+
+    Raises:
+        InputError: For a keyword that is none, with the nearest one.
+    """
+    known: dict[str, str] = {}
+    for key, *_ in describe():
+        section, _, last = key.rpartition(".")
+        name = "model" if key == "model.name" else last.replace("-", "_")
+        known[f"home_{name}" if section == "home" else name] = key
+    found: dict[str, Any] = {}
+    for name, value in keywords.items():
+        key = known.get(name, "")
+        if not key or key in OWN:
+            near = [OWN[key]] if key else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "`fedlora config` lists the keys"
+            raise InputError(f"{name} is no keyword of fedlora.run; {hint}")
+        if key == "federation.strategy":
+            value = plugins.give(key, value)
+        elif key == "data.partition" and not isinstance(value, str):
+            value = schemes.PYTHON + plugins.give(key, value)
+        found[key] = value
+    return found
 
 
 def _resolved(config: str | Path | RunConfig | None, values: Mapping[str, Any]) -> RunConfig:

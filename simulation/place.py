@@ -34,8 +34,6 @@ def placed(config: RunConfig, directory: Path, *, resume: bool = False) -> RunCo
             f"a new run with adapter.start = {directory} goes on from its adapter"
         )
     values = {"run-dir": str(directory.absolute())}
-    if config.privacy.ledger:
-        values["privacy.ledger"] = str(expanded(config.privacy.ledger).absolute())
     for key in ("data.source", "data.test-source", "model.name", "adapter.start"):
         value = str(config.flat()[key])
         path = expanded(value)

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fedlora.data.shards import Federation
     from simulation.engines.grid import SimulationGrid
 
-CLIENT_APP = "client.app:app"
-
 
 def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
     """Run a federation from its records to a complete run directory, and show progress.
@@ -73,11 +71,7 @@ def simulate(config: RunConfig, kind: str, console: Terminal) -> dict[str, Any]:
 
 
 def check_engine(kind: str) -> None:
-    """Refuse the Ray engine where Ray is not installed.
-
-    Raises:
-        InputError: Naming the remedy.
-    """
+    """Refuse the Ray engine where Ray is not installed. Raises `InputError`."""
     if kind == "ray":
         require("ray", "simulation", "--engine ray (the other engine is inline)")
 
@@ -94,14 +88,13 @@ def load(kind: str, config: RunConfig) -> Iterator[None]:
         InputError: As `prepare` and `privacy.budget.plan_run`; also if the base model cannot be
             loaded, there is no GPU for `engine.gpus`, or no cluster answers at its address.
     """
+    settings = config.engine
     if kind == "ray":
-        _reach(config.engine.ray_address)
-        if not config.engine.ray_address:
-            _ask_for_a_token()
-    if not config.engine.ray_address:  # machines of a cluster have other processors
-        check_threads("engine.threads", config.engine.threads)
-    if config.engine.gpus and not config.engine.ray_address:
-        check_gpu(f"engine.gpus is {config.engine.gpus:g}", "0")
+        _reach(settings.ray_address)
+    if not settings.ray_address:  # machines of a cluster have other processors
+        check_threads("engine.threads", settings.threads)
+        if settings.gpus:
+            check_gpu(f"engine.gpus is {settings.gpus:g}", "0")
     records = prepare(config)
     with paused_gc():  # a collection would scan all imported objects
         from fedlora.data import findings
@@ -114,12 +107,10 @@ def load(kind: str, config: RunConfig) -> Iterator[None]:
     if kind == "inline":
         yield
         return
-    settings = config.engine
     with paused_gc():
         from simulation.engines import ray
 
-    cores = max(settings.workers * settings.threads, processors.count())
-    with ray.started(settings.ray_address, cores):
+    with ray.started(settings.ray_address, processors.count()):
         yield
 
 
@@ -129,17 +120,15 @@ def _reach(address: str) -> None:
     Raises:
         InputError: Naming the address.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # no address, or a name that Ray resolves by itself
+    if not address:
+        _ask_for_a_token()
         return
-    if not 1 <= int(port) <= 65535:  # resolvers take a larger one modulo 65536
-        raise InputError(
-            f"engine.ray-address is {address}; its port must be from 1 to 65535: give the address "
-            "that ray start --head printed"
-        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # a name that Ray resolves by itself
+        return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, OverflowError) as error:
         raise InputError(
             f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
             "there (ray start --head) or give another address"
@@ -166,9 +155,10 @@ def open_engine(kind: str, config: RunConfig) -> "Iterator[SimulationGrid]":
         config: The run; this function reads its engine keys and its run directory.
     """
     from fedlora.data import records
+    from fedlora.privacy.budget import rate_of
 
     log = str(Path(config.run_dir) / "institutions.log")
-    settings, federation = config.engine, records.load(config)
+    federation = records.load(config)
     institutions = len(federation.names)
     if kind == "inline":
         with paused_gc():
@@ -177,31 +167,21 @@ def open_engine(kind: str, config: RunConfig) -> "Iterator[SimulationGrid]":
 
         with _logging_to(log):
             yield InlineGrid(app, institutions, config.shared())
-    else:
-        from simulation.engines.ray import RayGrid, WorkerSpec
+        return
+    from simulation.engines.ray import RayGrid
 
-        with RayGrid(
-            CLIENT_APP,
-            institutions,
-            config.shared(),
-            workers=WorkerSpec(
-                count=settings.workers,
-                threads=settings.threads,
-                gpus=settings.gpus,
-                log=log,
-            ),
-            costs=_costs(config, federation),
-            federation=federation,
-        ) as grid:
-            yield grid
-
-
-def _costs(config: RunConfig, records: "Federation") -> list[float]:
-    """Return the expected tokens of a training step of each institution."""
-    from fedlora.privacy.budget import rate_of
-
-    shards = (records.train(index) for index in range(len(records.names)))
-    return [rate_of(config, shard) * float(shard.lengths.sum()) for shard in shards]
+    shards = (federation.train(index) for index in range(institutions))
+    with RayGrid(
+        "client.app:app",
+        institutions,
+        config.shared(),
+        threads=config.engine.threads,
+        gpus=config.engine.gpus,
+        log=log,
+        costs=[rate_of(config, shard) * float(shard.lengths.sum()) for shard in shards],
+        federation=federation,
+    ) as grid:
+        yield grid
 
 
 def prepare(config: RunConfig) -> "Federation":
@@ -212,7 +192,6 @@ def prepare(config: RunConfig) -> "Federation":
     """
     from fedlora.config import plugins
     from fedlora.data import records
-    from fedlora.files import existing_parent, expanded
 
     if config.deployed:
         raise InputError(
@@ -221,15 +200,7 @@ def prepare(config: RunConfig) -> "Federation":
     for key, name in config.plug_ins:
         plugins.load(key, name)
     with paused_gc():  # a tokenizer imports torch
-        federation = records.load(config)
-    if config.privacy.enabled:
-        try:
-            existing_parent(expanded(config.privacy.ledger or config.run_dir))
-        except OSError as error:
-            raise InputError(
-                f"privacy.ledger needs a directory to write to, but {error}; give another"
-            ) from None
-    return federation
+        return records.load(config)
 
 
 def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | None = None) -> None:
@@ -248,7 +219,7 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
     from simulation.engines.grid import run_server
 
     run_dir = Path(config.run_dir)
-    with _made(run_dir), alone(run_dir), _without_unused_ledgers(run_dir):
+    with _reserved(run_dir):
         if resumed is False and (run_dir / CONFIG).exists():
             raise InputError(
                 f"another process began a run in {run_dir} meanwhile; give another --out"
@@ -259,31 +230,27 @@ def run_rounds(config: RunConfig, grid: "SimulationGrid", *, resumed: bool | Non
 
 
 @contextlib.contextmanager
-def _made(run_dir: Path) -> Iterator[None]:
-    """Make a run's directory, and remove a new one if the run is refused before its first round.
+def _reserved(run_dir: Path) -> Iterator[None]:
+    """Make a run's directory and keep other processes out of it.
 
-    Ledgers in it have no charges then: a run writes its configuration before any.
+    Of a run that ends before it begins, new ledgers go, which a corrected run would meet, and of a
+    refused one the new directory. They have no charges: a run writes its configuration first.
     """
     new = not run_dir.exists()
     with contextlib.suppress(OSError):  # the server says what is wrong with the place
         run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with alone(run_dir):
+            new_ledgers = not (run_dir / LEDGERS).exists()
+            try:
+                yield
+            except BaseException:
+                if new_ledgers and not (run_dir / CONFIG).exists():
+                    shutil.rmtree(run_dir / LEDGERS, ignore_errors=True)
+                raise
     except (InputError, Refusal):
         if new and run_dir.exists() and not (run_dir / CONFIG).exists():
             shutil.rmtree(run_dir)
-        raise
-
-
-@contextlib.contextmanager
-def _without_unused_ledgers(run_dir: Path) -> Iterator[None]:
-    """Remove new ledgers of a run that ends before it begins: a corrected one would meet them."""
-    new = not (run_dir / LEDGERS).exists()
-    try:
-        yield
-    except BaseException:
-        if new and not (run_dir / CONFIG).exists():
-            shutil.rmtree(run_dir / LEDGERS, ignore_errors=True)
         raise
 
 

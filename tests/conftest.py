@@ -133,7 +133,7 @@ def tiny_config(tmp_path, tiny_encoder, complaints):
             "data.source": str(complaints),
             "data.partition": "natural:bank",
             "training.local-steps": 1,
-            "training.sample-rate": 0.25,
+            "training.batch-size": 0.25,
             "training.max-length": 16,
             "data.min-records": 1,
             "federation.weighting": "uniform",

@@ -1,1 +1,1 @@
-"""Audits of a run's privacy: canaries, membership inference, extraction of secrets."""
+"""Audits of a run's privacy: canaries, and one attack on them from the server's view."""

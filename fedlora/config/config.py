@@ -13,7 +13,7 @@ import json
 import math
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from fedlora.runs.run_files import other_writer
 
 ACCEPTABLE = ("delta", "noise")
 """Findings that void a result (`fedlora.data.findings`), and that ``accept`` may name."""
-ENGINE_ONLY = ("run-dir", "accept", "engine.workers", "engine.ray-address", "tracking.")
+ENGINE_ONLY = ("run-dir", "accept", "engine.ray-address", "tracking.")
 """Keys that decide a run's place, speed and refusal, and no result."""
 UNRELEASED = (
     *("home.", "engine.", "adapter.head", "training.physical-batch"),
@@ -109,26 +109,20 @@ class RunConfig(Section):
         config_rules.check_robust(federation, privacy)
         config_rules.check_strategy(federation)
         config_rules.check_home(self.home, self.model.task)
-        config_rules.check_plug_ins(self.plug_ins, federation, privacy, self.model.task)
-        if 0 < privacy.max_epsilon < privacy.epsilon and privacy.enabled:
-            raise InputError(
-                f"privacy.max-epsilon is {privacy.max_epsilon:g}, below privacy.epsilon "
-                f"({privacy.epsilon:g}); raise it or lower privacy.epsilon"
-            )
+        config_rules.check_plug_ins(self.plug_ins)
 
     @property
     def plug_ins(self) -> list[tuple[str, str]]:
         """(key, ``module:object``) of the code that is not part of fedlora."""
         named = [
             ("federation.strategy", self.federation.own_code),
-            *(("federation.metrics", name) for name in self.federation.metrics),
             *(("tracking.callbacks", name) for name in self.tracking.callbacks),
             *(
                 (key, value.removeprefix(schemes.PYTHON))
                 for key, value in (
                     ("data.source", self.data.source),
                     ("data.test-source", self.data.test_source),
-                    ("data.partition", self.data.partition),
+                    ("data.partition", schemes.inner(self.data.partition)),
                 )
                 if value.startswith(schemes.PYTHON)
             ),
@@ -163,7 +157,6 @@ class RunConfig(Section):
             "run-dir",
             "adapter.start",
             "data.test-source",
-            "privacy.ledger",
             EngineConfig.prefix,
         )
         return {k: v for k, v in self.shared().items() if not k.startswith(own)}
@@ -304,7 +297,7 @@ def _simulation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     partition = str(values.get("data.partition", DataConfig.partition))
-    if partition.partition(":")[0] in schemes.BY_VALUE:
+    if schemes.inner(partition).partition(":")[0] in schemes.BY_VALUE:
         found["data.min-records"] = MIN_NATURAL_RECORDS
     weighed = values.get("federation.robust", "none") != "median"
     try:
@@ -379,15 +372,6 @@ def given(path: Path) -> dict[str, Any]:
         else:
             values[name] = value
     return values
-
-
-def accepting(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """The configuration that accepts these findings too.
-
-    Raises:
-        InputError: For a name that is not in `ACCEPTABLE`.
-    """
-    return dataclasses.replace(config, accept=tuple(sorted({*config.accept, *names})))
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, str]:

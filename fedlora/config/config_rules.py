@@ -14,17 +14,6 @@ from fedlora.config.strategy_table import names_with
 from fedlora.errors import InputError
 from fedlora.secure import noise_shares
 
-OWN_FIGURES = frozenset(
-    (
-        *("n", "accuracy", "macro_f1", "per_class", "loss", "by_owner", "institutions"),
-        *("token_loss", "perplexity", "exact_match", "unparseable", "not_evaluated"),
-        *("joining", "released", "epsilon_max", "delta", "epsilon_alone_max"),
-        *("rounds", "seconds", "run", "run_dir", "base", "labels", "population", "nonce"),
-        *("trained_parameters", "counts", "findings", "origins", "head"),
-    )
-)
-"""Names of a run's own figures, which no metric of ``federation.metrics`` may have."""
-
 
 def check_federation(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     """Refuse rounds and weights under which a promise would not hold, or could not be planned."""
@@ -85,33 +74,11 @@ def check_home(home: HomeConfig, task: str) -> None:
         )
 
 
-def check_plug_ins(
-    plug_ins: Sequence[tuple[str, str]],
-    federation: FederationConfig,
-    privacy: PrivacyConfig,
-    task: str,
-) -> None:
-    """Refuse plug-ins that the run would not call, or whose figures would mean nothing."""
+def check_plug_ins(plug_ins: Sequence[tuple[str, str]]) -> None:
+    """Refuse names of plug-ins that are not module:object."""
     for place, name in plug_ins:
         if not all(name.partition(":")):
             raise InputError(f"{place} is {name!r}; it must be module:object, such as mine:median")
-    names = federation.metric_names
-    for name in names:
-        if not name.isidentifier() or name in OWN_FIGURES or names.count(name) > 1:
-            raise InputError(
-                f"federation.metrics names a figure {name!r}, which is no name, or that of another "
-                "figure; give the function another name"
-            )
-    if federation.metrics and task == "sft":
-        raise InputError(
-            f"federation.metrics has {federation.metrics[0]!r}, but model.task is 'sft', and a "
-            "metric compares classes, which a response has not; use no metrics"
-        )
-    if federation.metrics and federation.traits.local_parts:
-        raise InputError(
-            f"federation.metrics has {federation.metrics[0]!r}, but under federation.strategy "
-            f"{federation.strategy!r} each institution measures a model of its own; use no metrics"
-        )
 
 
 def check_robust(federation: FederationConfig, privacy: PrivacyConfig) -> None:
@@ -190,16 +157,12 @@ def check_secure(
             raise InputError(
                 f"{name} is {flat[name]!r}, but under {trust} {why}; set it to {value!r}"
             )
-    for name in ("training.sample-rate", "privacy.delta"):
-        if not flat[name]:
-            raise InputError(
-                f"{name} is 0, which stands for a value by an institution's size, but under "
-                f"{trust} all institutions plan the same noise; give the value"
-            )
-    if deployed and privacy.protocol != "full":
+    if not privacy.delta or float(flat["training.batch-size"]) >= 1:
+        name = "training.batch-size" if privacy.delta else "privacy.delta"
         raise InputError(
-            f"privacy.protocol is {privacy.protocol!r}, but data.source is 'institutions', where "
-            "the server must not see a single vector; use full"
+            f"{name} is {flat[name]:g}, from which a value by an institution's size follows, but "
+            f"under {trust} all institutions plan the same noise; give a delta above 0 and a share "
+            "of the records as training.batch-size"
         )
     institutions = int(flat["data.institutions"])
     if deployed and (shares := institutions * federation.rounds) > noise_shares.MAX_SHARES:

@@ -1,6 +1,16 @@
 """Keys and commands that are gone, and what to use in their place: one line each."""
 
 KEYS: dict[str, str] = {
+    "data.view": "the arms central and central-dp of a sweep take all records as one institution's",
+    "privacy.ledger": "a simulation keeps its ledgers in RUN_DIR/ledgers",
+    "privacy.max-epsilon": "the limit of a simulation's ledgers is privacy.epsilon",
+    "privacy.protocol": "secure aggregation always masks, in a simulation too",
+    "tracking.mlflow": "tracking.callbacks takes server.tracking:mlflow, see MLFLOW_TRACKING_URI",
+    "tracking.mlflow-model": "register RUN_DIR/adapter with MLflow's own command",
+    "tracking.tensorboard": 'use tracking.callbacks = ["server.tracking:tensorboard"]',
+    "federation.metrics": "compute figures of your own from the rows of `fedlora predict`",
+    "engine.workers": "a worker has engine.threads cores, so that these decide their number",
+    "training.sample-rate": "training.batch-size below 1 is the share of the records",
     "privacy.clipping": "gradients are clipped to privacy.max-grad-norm",
     "privacy.accountant": "Opacus' PRV accountant computes epsilon",
     "home.batch-size": "it is 32",

@@ -18,7 +18,6 @@ from fedlora.errors import InputError
 
 ARGUMENTS = {
     "federation.strategy": ("this_round", "updates"),
-    "federation.metrics": ("predictions",),
     "tracking.callbacks": ("record",),
     "data.source": (),
     "data.test-source": (),

@@ -4,7 +4,12 @@ import math
 
 from fedlora.errors import InputError
 
-USAGE = "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or python:MODULE:FUNCTION"
+USAGE = (
+    "iid, dirichlet:ALPHA, natural:COLUMN, pathological:CLASSES or python:MODULE:FUNCTION; with "
+    "pooled: before it, one institution holds the records of all"
+)
+POOLED = "pooled:"
+"""Begins a partition whose institutions' records all lie with one, as no bank may do."""
 PYTHON = "python:"
 """Begins a source or partition that a function of one's own gives (`fedlora.config.plugins`)."""
 BY_VALUE = ("natural", "python")
@@ -23,6 +28,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         InputError: If the scheme is unknown, its argument is missing or out of bounds, or it needs
             a number of institutions or classes that is missing.
     """
+    spec = inner(spec)
     scheme, _, argument = spec.partition(":")
     valid = {
         "iid": spec == "iid",
@@ -33,9 +39,7 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
         "pathological": argument.isdecimal() and len(argument) < 20 and int(argument) > 0,
     }
     if not valid.get(scheme, False):
-        raise InputError(
-            f"data.partition is {spec!r}; it must be {USAGE} with ALPHA > 0 and CLASSES >= 1"
-        )
+        raise InputError(f"data.partition is {spec!r}; it must be {USAGE}; ALPHA > 0, CLASSES >= 1")
     if scheme not in BY_VALUE and institutions < 1:
         raise InputError(
             f"data.institutions is {institutions}, but partition {spec} needs their number; "
@@ -47,6 +51,11 @@ def parse(spec: str, *, institutions: int, has_classes: bool) -> tuple[str, str]
             "has none; use iid or natural:COLUMN"
         )
     return scheme, argument
+
+
+def inner(spec: str) -> str:
+    """A partition without the prefix `POOLED`."""
+    return spec.removeprefix(POOLED)
 
 
 def is_drawn(scheme: str, institutions: int) -> bool:

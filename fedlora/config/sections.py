@@ -6,8 +6,6 @@ Each section checks itself when it is made. What two sections must agree on is c
 
 import difflib
 import math
-import re
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ untrained); with 3 it made no difference, with 6 it gained on tuning splits and 
 MAX_LIST_TEXT = 2**15
 """Characters of a list in JSON that an institution of a deployment reads."""
 MIN_SAMPLE_RATE = 1e-6
-"""The smallest sample rate above 0: an update is divided by the expected batch size."""
+"""The smallest share of records in a step: an update is divided by the expected batch size."""
 MIN_DELTA = 1e-30
 """The smallest delta above 0. Accountants divide by parts of delta, which underflow to 0."""
 MIN_NATURAL_RECORDS = 8
@@ -48,10 +46,6 @@ AVERAGED_SHARE = 0.2
 privacy, where a strategy's adapters have a mean."""
 RESIDUAL_RANK = 64
 """The rank above which a residual is cut back to the nearest one."""
-
-_CREDENTIALS = re.compile(
-    r"://.*:.*@|^https?://[^/]*@|(passw|pwd|token|secret)\w*\s*=", re.IGNORECASE | re.DOTALL
-)
 
 
 def check_threads(name: str, count: int) -> None:
@@ -175,25 +169,11 @@ class DataConfig(Section):
         "", "template around {text} for causal models; empty: a default that names the labels"
     )
     test_fraction: float = key(0.2, "share of distinct texts held out", at_least=0, below=1)
-    view: str = key(
-        "all",
-        "institutions after split and partition: all; pooled: one that holds the records of all "
-        "(no bank may do so); only:NAME: that one alone",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.source.strip():
             raise InputError("data.source is empty; give a file of records, or another source")
-        if self.view not in ("all", "pooled") and not self.view.removeprefix("only:").strip():
-            raise InputError("data.view is 'only:'; name the institution, as in only:NAME")
-        if self.view not in ("all", "pooled") and not self.view.startswith("only:"):
-            raise InputError(f"data.view is {self.view!r}; it must be all, pooled or only:NAME")
-        if self.view != "all" and self.source == INSTITUTIONS:
-            raise InputError(
-                f"data.view is {self.view!r}, but data.source is 'institutions', where nobody sees "
-                "all records; use all"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,16 +182,12 @@ class TrainingConfig(Section):
 
     prefix = "training."
     local_steps: int = key(1, "optimizer steps in a round", at_least=1)
-    batch_size: int = key(
-        64,
-        "records (or units) in a step; under DP the expected number for a size class",
-        at_least=1,
-    )
-    sample_rate: float = key(
-        0.0,
-        "share of an institution's records in a step; above 0 it replaces batch-size",
-        at_least=0,
-        at_most=1,
+    batch_size: float = key(
+        64.0,
+        "records (or units) in a step, under DP the expected number for a size class; below 1 the "
+        "share of an institution's records",
+        at_least=MIN_SAMPLE_RATE,
+        at_most=2**31,
     )
     physical_batch: int = key(
         64, "records in memory at a time; changes results by rounding only", at_least=1
@@ -231,9 +207,21 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
 
+    def rate(self, size: int) -> float:
+        """The share of its records on which an institution trains in a step, in (0, 1].
+
+        Args:
+            size: Its number of records; under DP its `accounting.public_size`.
+        """
+        return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / size)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_zero_or(self.prefix + "sample-rate", self.sample_rate, MIN_SAMPLE_RATE)
+        if self.batch_size > 1 and self.batch_size != int(self.batch_size):
+            raise InputError(
+                f"training.batch-size is {self.batch_size:g}; above 1 it must be a whole number of "
+                "records, and below 1 it is the share of the records"
+            )
         # Each step multiplies the distance to the global adapter by 1 - learning-rate x proximal.
         if self.optimizer == "sgd" and self.learning_rate * self.proximal > 2:
             raise InputError(
@@ -255,9 +243,6 @@ class FederationConfig(Section):
         + "; ".join(f"{name} ({t.summary})" for name, t in STRATEGY_TABLE.items())
         + "; or a plug-in, module:object, a function of the round and its updates that the server "
         "calls",
-    )
-    metrics: tuple[str, ...] = key(
-        (), "plug-ins, module:object, that measure the predictions on held-out rows"
     )
     institutions_per_round: int = key(0, "institutions asked in each round; 0: all", at_least=0)
     weighting: str = key(
@@ -322,11 +307,6 @@ class FederationConfig(Section):
         return self.strategy if ":" in self.strategy else ""
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The names of the figures of ``metrics``: those of the objects."""
-        return tuple(re.split("[:.]", name)[-1] for name in self.metrics)
-
-    @property
     def traits(self) -> Traits:
         """The facts about the strategy that both sides need."""
         return PLUG_IN if self.own_code else STRATEGY_TABLE[self.strategy]
@@ -373,7 +353,7 @@ class PrivacyConfig(Section):
     trust: str = key(
         "local",
         "who adds the noise: local (each institution all of its own, so that nobody need be "
-        "trusted), secure-aggregation (each a share; with protocol full the server sees sums only)",
+        "trusted), secure-aggregation (each a share, and the server sees sums only)",
         choices=("local", SECURE_AGGREGATION),
     )
     honest: int = key(
@@ -389,12 +369,6 @@ class PrivacyConfig(Section):
         f"least {noise_shares.MIN_COLLUDING}",
         at_least=0,
         at_most=10**6,
-    )
-    protocol: str = key(
-        "ideal",
-        "secure-aggregation in a simulation: ideal (the server adds up plain vectors, for the same "
-        "result), full (masks and signatures); a deployment always runs full",
-        choices=("ideal", "full"),
     )
     epsilon: float = key(
         8.0, "budget of one run at each institution; inf switches DP off", above=0, infinite=True
@@ -419,15 +393,6 @@ class PrivacyConfig(Section):
         "secure: under a key from the operating system; seeded: reproducible, protects nobody",
         choices=("secure", "seeded"),
     )
-    ledger: str = key(
-        "", "directory of the institutions' ledgers; empty: ledgers/ in the run directory"
-    )
-    max_epsilon: float = key(
-        0.0,
-        "lifetime limit of the ledgers that a simulation creates; 0: privacy.epsilon",
-        at_least=0,
-    )
-
     institution_epsilon: float = key(
         math.inf,
         "institution-level DP: budget of one run for a whole institution, against those who see "
@@ -457,11 +422,6 @@ class PrivacyConfig(Section):
     def shares(self) -> int:
         """The shares of noise that each sum surely has; 0 without secure aggregation."""
         return self.honest if self.shares_noise else 0
-
-    @property
-    def masks(self) -> bool:
-        """Whether institutions mask their vectors (the full protocol of secure aggregation)."""
-        return self.shares_noise and self.protocol == "full"
 
     @property
     def promises(self) -> bool:
@@ -529,7 +489,6 @@ class EngineConfig(Section):
     """The machine of a simulation. Threads and GPUs change rounding; the other keys no result."""
 
     prefix = "engine."
-    workers: int = key(0, "worker processes; 0: one per engine.threads cores", at_least=0)
     threads: int = key(1, "threads of a worker", at_least=1)
     gpus: float = key(0.0, "share of a GPU for each worker; 0: CPU", at_least=0)
     ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
@@ -537,34 +496,11 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig(Section):
-    """Trackers that get copies of each round's figures, those of rounds.jsonl and no others.
-
-    MLflow also gets a finished run's adapter, privacy.json and report. The report of a simulation
-    has exact numbers of training records and what follows from models at home, which no DP
-    covers.
-    """
+    """Functions that the server calls with each round's line of rounds.jsonl."""
 
     prefix = "tracking."
-    mlflow: str = key("", "MLflow tracking URI, such as sqlite:///mlflow.db; empty: off")
-    mlflow_model: str = key(
-        "", "register the adapter in MLflow as a version of the model of this name; empty: do not"
-    )
-    tensorboard: str = key("", "directory of TensorBoard event files; empty: off")
     callbacks: tuple[str, ...] = key(
-        (), "plug-ins, module:object, that the server calls with each round's line of rounds.jsonl"
+        (),
+        "plug-ins, module:object, that the server calls with each round's line of rounds.jsonl; "
+        "server.tracking:mlflow and server.tracking:tensorboard are built in",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mlflow_model and not self.mlflow:
-            raise InputError(
-                f"tracking.mlflow-model is {self.mlflow_model!r}, but tracking.mlflow is empty; "
-                "give the URI of the MLflow that has the model, or leave the name empty"
-            )
-        if _CREDENTIALS.search(urllib.parse.unquote(self.mlflow)):
-            raise InputError(
-                "tracking.mlflow holds a password or token, which the run's directory and report "
-                "would copy; leave it out of the URI and give it to the server's process as "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as the database's "
-                "client reads it (PGPASSWORD, ~/.pgpass, ~/.my.cnf)"
-            )

@@ -155,7 +155,7 @@ def _text(source: str, columns: list[str], guessed: Guess) -> str:
             "a guess from the names of columns" if natural else "no column looks like institutions",
         ),
         "data.institutions": (0 if natural else 4, ""),
-        "training.sample-rate": (0.2, ""),
+        "training.batch-size": (0.2, ""),
         "training.max-length": (128, ""),
         "federation.rounds": (30, ""),
         "privacy.epsilon": (8.0, ""),

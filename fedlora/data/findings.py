@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlora.config import schemes
 from fedlora.config.config import RunConfig
 from fedlora.data.shards import Federation
 from fedlora.errors import InputError
@@ -73,12 +74,7 @@ def refuse(config: RunConfig, found: Sequence[Finding]) -> None:
     void = [finding for finding in found if finding.voids and finding.name not in config.accept]
     if void:
         names = [finding.name for finding in void]
-        how = (
-            f"accept = {json.dumps(names)} to the configuration"
-            if config.deployed
-            else " ".join(f"--accept {name}" for name in names)
-            + f" (in Python accept={json.dumps(names)})"
-        )
+        how = f"--set accept={','.join(names)} (or accept = {json.dumps(names)} in the file)"
         raise InputError(
             "; ".join(finding.text for finding in void)
             + f". The result would be void; to run all the same, add {how}"
@@ -142,17 +138,17 @@ def lost(counts: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def not_measured(config: RunConfig, records: Federation) -> int:
-    """The number of rows of ``data.test-source`` of institutions that do not train in any view."""
-    return records.counts["test_rows_dropped"] if config.data.view == "all" else 0
+def not_measured(records: Federation) -> int:
+    """The number of rows of ``data.test-source`` of institutions that do not train."""
+    return records.counts["test_rows_dropped"]
 
 
 def _split_units(config: RunConfig, records: Federation) -> list[Finding]:
     count = records.counts["units_at_several"]
-    if not count or config.data.view.startswith("only:"):
+    if not count:
         return []
     larger = "epsilon and delta are as many times larger"
-    if config.privacy.shares_noise or config.data.view == "pooled":  # they are in one sum
+    if config.privacy.shares_noise:  # they are in one sum
         larger = "epsilon is as many times larger, and delta by far more,"
     return [
         Finding(
@@ -176,7 +172,7 @@ def _delta(config: RunConfig, records: Federation) -> list[Finding]:
     if not above:
         return []
     remedy = "lower privacy.delta" if config.privacy.delta else "set privacy.delta"
-    kind = config.data.partition.partition(":")[0]
+    kind = schemes.inner(config.data.partition).partition(":")[0]
     if kind == "natural" and config.privacy.unit == "record":
         remedy = f"raise data.min-records (now {config.data.min_records}) or {remedy}"
     elif kind not in ("natural", "python"):  # drawn: all rows, among so many institutions

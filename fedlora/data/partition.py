@@ -13,7 +13,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,16 @@ def at_most(placed: Assignment, records: int, *, seed: int) -> Int64:
         order = RandomSource.seeded("max-records", seed, name).permutation(len(rows))
         owner[rows[order[records:]]] = -1
     return owner
+
+
+def pooled(placed: Assignment) -> Assignment:
+    """One institution that holds the rows of all."""
+    return replace(
+        placed,
+        names=("pooled",),
+        train=np.minimum(placed.train, 0),
+        held_out=np.minimum(placed.held_out, 0),
+    )
 
 
 def by_scheme(

@@ -1,7 +1,5 @@
 """A run's tokenised records, read once in a process."""
 
-from dataclasses import replace
-
 from fedlora.config.config import RunConfig
 from fedlora.data import data, sources
 from fedlora.data.encoding import encoding_key
@@ -36,7 +34,7 @@ def load(config: RunConfig) -> Federation:
             config.data, unit=unit, seed=config.seed, task=task, encode=encode
         )
         give(config, federation)
-    return _read[key].seen_as(config.data.view)
+    return _read[key]
 
 
 def give(config: RunConfig, federation: Federation) -> None:
@@ -63,5 +61,4 @@ def encoding(config: RunConfig) -> str:
 
 
 def _key(config: RunConfig) -> tuple[object, ...]:
-    shown = replace(config.data, view="all")
-    return config.seed, config.model, shown, config.training.max_length, config.privacy.unit
+    return config.seed, config.model, config.data, config.training.max_length, config.privacy.unit

@@ -109,6 +109,8 @@ def partition_rows(settings: DataConfig, *, unit: str, seed: int, task: str) -> 
         train, without, held_out = _with_value(train, held_out, argument)
     placed = _placed(settings, train, held_out, classes, unit, seed)
     owner = partition.at_most(placed, settings.max_records, seed=seed)
+    if settings.partition.startswith(schemes.POOLED):
+        owner, placed = np.minimum(owner, 0), partition.pooled(placed)
     lost_held_out = int((placed.held_out < 0).sum())
     read = [table for table in (rows, test) if table]
     return PartitionedRows(
@@ -151,7 +153,7 @@ def wanted_columns(settings: DataConfig, unit: str) -> dict[str, str]:
 
 def _other_columns(settings: DataConfig, unit: str) -> dict[str, str]:
     """The columns of institution and unit -> their config keys."""
-    scheme, _, column = settings.partition.partition(":")
+    scheme, _, column = schemes.inner(settings.partition).partition(":")
     named = {column: "data.partition"} if scheme == "natural" else {}
     return named | ({unit: "privacy.unit"} if unit != "record" else {})
 
@@ -319,7 +321,7 @@ def _placed(
     unit: str,
     seed: int,
 ) -> partition.Assignment:
-    scheme, _, argument = settings.partition.partition(":")
+    scheme, _, argument = schemes.inner(settings.partition).partition(":")
     if scheme in schemes.BY_VALUE:
         return partition.by_column(
             argument,

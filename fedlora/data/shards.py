@@ -6,14 +6,13 @@ Importing this module loads numpy and nothing heavier.
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.arrays import Int64
-from fedlora.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,56 +226,6 @@ class Federation:
             shards = (self.train(index), self.held_out(index))
             digest.update("\n".join((name, *(shard.fingerprint for shard in shards), "")).encode())
         return digest.hexdigest()
-
-    def seen_as(self, view: str) -> "Federation":
-        """Return the federation under a view; no row moves between training and held-out.
-
-        Args:
-            view: ``all`` changes nothing. ``pooled`` makes all institutions one; a unit of
-                two institutions stays two units, so the promise is that of the federation.
-                ``only:NAME`` keeps one institution.
-
-        Raises:
-            InputError: If there is no institution of that name.
-        """
-        if view == "all":
-            return self
-        if view == "pooled":
-            counts = [self.train(i).units.max(initial=-1) + 1 for i in range(len(self.names))]
-            first = np.cumsum([0, *counts[:-1]])
-            units = self.all_train.units + np.repeat(first, np.diff(self.train_bounds))
-            return replace(
-                self,
-                names=("pooled",),
-                all_train=replace(self.all_train, units=units),
-                train_bounds=self.train_bounds[[0, -1]],
-                held_out_bounds=self.held_out_bounds[[0, -1]],
-            )
-        name = view.removeprefix("only:")
-        if name not in self.names:
-            known = ", ".join(self.names[:12]) + (", ..." if len(self.names) > 12 else "")
-            raise InputError(
-                f"data.view is {view!r}, but there is no such institution; they are {known}"
-            )
-        index = self.names.index(name)
-        train, held_out = self.train(index), self.held_out(index)
-        left = self.counts["train"] + self.counts["held_out"] - len(train) - len(held_out)
-        cut = self.all_train.corpus.truncated
-        return replace(
-            self,
-            names=(name,),
-            counts={
-                **self.counts,
-                "train": len(train),
-                "held_out": len(held_out),
-                "rows_dropped": self.counts["rows_dropped"] + left,
-                "truncated": int(cut[train.rows].sum() + cut[held_out.rows].sum()),
-            },
-            all_train=train,
-            train_bounds=np.array([0, len(train)]),
-            all_held_out=held_out,
-            held_out_bounds=np.array([0, len(held_out)]),
-        )
 
     def pooled_held_out(self) -> tuple[Shard, Int64]:
         """Return all held-out rows and the institution of each, int64 (n,)."""

@@ -1,8 +1,7 @@
 """Classification: class logits of an encoder, or label tokens of a causal model."""
 
 import math
-from collections.abc import Generator, Mapping
-from types import MappingProxyType
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -107,29 +106,17 @@ class Classification(Task):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
-        measures: Mapping[str, metrics.Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
-        """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats).
-
-        Each of ``measures`` adds the figure of its name.
-        """
+        """``n``, ``accuracy``, ``macro_f1``, ``per_class``, ``loss`` (mean cross-entropy, nats)."""
         check_rows(shard)
         predicted = np.empty(len(shard), dtype=np.int64)
         losses = np.empty(len(shard), dtype=np.float32)
-        chances = np.empty((len(shard) if measures else 0, len(labels)), dtype=np.float32)
         for rows, scores in self._scored(model, shard, labels):
             predicted[rows] = scores.argmax(1)
             some, targets = torch.tensor(scores), torch.tensor(shard.targets[rows])
             losses[rows] = functional.cross_entropy(some, targets, reduction="none").numpy()
-            if measures:
-                chances[rows] = some.softmax(1).numpy()
         truth, said = ([labels[int(i)] for i in index] for index in (shard.targets, predicted))
         result = metrics.classification(truth, said, labels)
-        if measures:
-            predictions = metrics.Predictions(
-                truth=truth, predicted=said, labels=labels, probabilities=chances
-            )
-            result |= {name: measure(predictions) for name, measure in measures.items()}
         # Not a mean: torch's cross-entropy of all rows adds them up like this, for the same bits.
         only = torch.zeros(len(shard), dtype=torch.int64)
         result["loss"] = float(functional.nll_loss(-torch.tensor(losses)[:, None], only))

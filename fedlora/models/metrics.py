@@ -3,33 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """A model's answers to held-out rows, for a metric of one's own.
-
-    Attributes:
-        truth: The class of each row.
-        predicted: The class that the model gives each row.
-        labels: The classes in index order.
-        probabilities: Of each class for each row, float32 ``(n, C)``; a row sums to 1.
-    """
-
-    truth: Sequence[str]
-    predicted: Sequence[str]
-    labels: tuple[str, ...]
-    probabilities: NDArray[np.float32]
-
-
-Metric = Callable[[Predictions], float]
-"""A metric of one's own (``federation.metrics``): one number for all held-out rows."""
 
 
 def accuracy(truth: Sequence[str], predicted: Sequence[str | None]) -> float:

@@ -101,7 +101,6 @@ class Sft(Task):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
-        measures: Mapping[str, metrics.Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Token loss on all rows; exact match, and accuracy over a closed set of answers, on some.
 

@@ -9,9 +9,8 @@ than much of the forward.
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from fedlora.data.batches import Batch, PackedBatch, Side, pack, pad, rounded
 from fedlora.data.encoding import Encoded, LabelPrompt, PlainText, ResponsePrompt
 from fedlora.data.shards import Shard
 from fedlora.errors import InputError
-from fedlora.models.metrics import Metric
 
 WINDOWS = (
     "sliding_window",
@@ -216,7 +214,6 @@ class Task(ABC):
         labels: tuple[str, ...],
         *,
         owner: Int64 | None = None,
-        measures: Mapping[str, Metric] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Metrics of the model on a shard, ready for JSON.
 
@@ -226,7 +223,6 @@ class Task(ABC):
             labels: The classes; empty for sft.
             owner: Institution of each row ``(n,)``, to add ``by_owner``: its accuracy
                 (classification only).
-            measures: Name -> a further figure (classification only).
 
         Raises:
             InputError: If the shard is empty.

@@ -113,17 +113,6 @@ def is_size_class(size: float) -> bool:
     return 1 <= size < math.inf and size == public_size(int(size))
 
 
-def sample_rate(given: float, batch_size: int, size: int) -> float:
-    """Return the share of its records that an institution trains on in a step, in (0, 1].
-
-    Args:
-        given: ``training.sample-rate``; 0: the share follows from the other arguments.
-        batch_size: ``training.batch-size``.
-        size: The institution's number of records; under DP its :func:`public_size`.
-    """
-    return given or min(1.0, batch_size / size)
-
-
 def most_of_class(records: int) -> int:
     """Return the most records in a size class of :func:`public_size`."""
     return 2 * public_size(records) - 1

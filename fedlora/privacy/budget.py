@@ -41,7 +41,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     privacy, training = config.privacy, config.training
     size_class = accounting.public_size(units)
     delta = delta_of(privacy, units)
-    rate = accounting.sample_rate(training.sample_rate, training.batch_size, size_class)
+    rate = training.rate(size_class)
     noise_multiplier = _noise_multiplier(
         epsilon=privacy.epsilon,
         delta=delta,
@@ -68,7 +68,7 @@ def plan_run(config: RunConfig, units: int, participations: int) -> PrivacyPlan:
     if plan.expected_batch_size > noise_shares.MAX_BATCH:
         raise InputError(
             f"a batch has {plan.expected_batch_size:g} expected records, but DP allows at most "
-            f"{noise_shares.MAX_BATCH}; lower training.sample-rate"
+            f"{noise_shares.MAX_BATCH}; lower training.batch-size"
         )
     return plan
 
@@ -77,7 +77,7 @@ def rate_of(config: RunConfig, shard: Shard) -> float:
     """The share of its records that an institution trains on in a step; under DP its plan's."""
     training = config.training
     size = accounting.public_size(shard.num_units) if config.privacy.enabled else len(shard)
-    return accounting.sample_rate(training.sample_rate, training.batch_size, max(1, size))
+    return training.rate(max(1, size))
 
 
 def delta_of(privacy: PrivacyConfig, units: int) -> float:

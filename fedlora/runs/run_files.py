@@ -36,7 +36,7 @@ HOME_CONFIG = "home.toml"
 """In the directory that `fedlora home` wrote: the run's configuration, as the institution followed
 it."""
 LEDGERS = "ledgers"
-"""In a simulated run's directory: its ledgers, unless ``privacy.ledger`` names another place."""
+"""In a simulated run's directory: its ledgers."""
 ENVIRONMENT = "environment.json"
 """In a run directory: versions, commit and processor."""
 ROUNDS = "rounds.jsonl"

@@ -22,7 +22,7 @@ BOUND = (
     "privacy.max-grad-norm",
     "privacy.unit",
     "privacy.noise",
-    "training.sample-rate",
+    "training.batch-size",
     "training.local-steps",
     "federation.rounds",
     "federation.strategy",

@@ -60,8 +60,6 @@ KEYS, SHARES, LIST, UNMASK = (
     f"{MessageType.QUERY}.{action}" for action in ("keys", "shares", "list", "unmask")
 )
 """Message types of secure aggregation, beside a `TrainOrder` that holds a masked order."""
-SHARED_TYPES = (MessageType.TRAIN,)
-"""Message types that several institutions of a simulation answer in shared passes."""
 _SAFETENSORS = "safetensors"
 _INT64, _RAW = "<i8", "raw"
 MAX_HEADER_BYTES = 2**20

@@ -1,14 +1,14 @@
 """The base of both simulation grids: virtual nodes, and a reply for every message."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora.flower_internals import set_identity
+from fedlora.flower_internals import set_identity, set_message_id
 from fedlora.wire import wire
 
 log = logging.getLogger("fedlora.simulation")
@@ -23,31 +23,41 @@ class SimulationGrid(Grid):
     Args:
         institutions: Number of nodes.
         run_config: Flower's run config for every app.
+
+    Attributes:
+        pushed: The number of messages of the exchange in progress, for a progress display.
+        answered: The number of its replies so far.
+        pushed_type: The type of its messages.
     """
 
     def __init__(self, institutions: int, run_config: Mapping[str, Any]) -> None:
         identify()
-        self._contexts = {
-            index + 1: Context(
+        self._contexts: dict[int, Context] = {}
+        for index in range(institutions):
+            about = {"partition-id": index, "num-partitions": institutions, "simulation": True}
+            self._contexts[index + 1] = Context(
                 run_id=RUN_ID,
                 node_id=index + 1,
-                node_config={
-                    "partition-id": index,
-                    "num-partitions": institutions,
-                    "simulation": True,
-                },
+                node_config=about,
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
-            for index in range(institutions)
-        }
-        self.pushed = self.answered = 0  # of the exchange in progress, for a progress display
-        self.pushed_type = ""  # the type of its messages
+        self.pushed = self.answered = 0
+        self.pushed_type = ""
 
-    def _begin_exchange(self, messages: Collection[Message]) -> None:
-        """Note an exchange for a progress display."""
-        self.pushed, self.answered = len(messages), 0
-        self.pushed_type = next((m.metadata.message_type for m in messages), "")
+    def _begin(self, messages: Iterable[Message]) -> dict[str, Message]:
+        """Begin an exchange: give each message its id, and note them for a progress display."""
+        pushed = {set_message_id(message): message for message in messages}
+        self.pushed, self.answered = len(pushed), 0
+        self.pushed_type = next((m.metadata.message_type for m in pushed.values()), "")
+        return pushed
+
+    def _end(self, replies: list[Message]) -> list[Message]:
+        """Give replies their ids, and note them."""
+        for reply in replies:
+            set_message_id(reply)
+        self.answered += len(replies)
+        return replies
 
     def set_run(self, run: Any) -> None:
         """Do nothing: a simulation has one run."""
@@ -79,9 +89,8 @@ class SimulationGrid(Grid):
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
         while waiting:
-            for reply in self.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                replies.append(reply)
+            replies += (arrived := list(self.pull_messages(waiting)))
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
         return replies
 
 
@@ -103,29 +112,28 @@ def run_server(app: ServerApp, grid: SimulationGrid, run_config: Mapping[str, An
     app(grid, context)
 
 
-def call(app: ClientApp, message: Message, context: Context) -> Message:
-    """Let a ClientApp handle a message; an exception becomes an error reply, as in Flower."""
-    try:
-        return app(message, context)
-    except Exception as error:
-        return error_reply(message, 2, type(error).__name__)
-
-
 def call_together(app: ClientApp, calls: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Let a ClientApp handle several messages, in shared passes if it supports them."""
+    """Let a ClientApp handle messages, in shared passes if it supports them.
+
+    An exception of one call becomes an error reply, as in Flower.
+    """
     together = getattr(app, "together", None)
     kinds = {message.metadata.message_type for message, _ in calls}
-    shared = len(kinds) == 1 and kinds <= set(wire.SHARED_TYPES)
-    if together is not None and shared and len(calls) > 1:
+    if together is not None and len(calls) > 1 and kinds == {MessageType.TRAIN}:
         try:
             return together(calls)
         except Exception:  # each call then gets the reply, or the error, that it would get alone
             log.exception("a call of %d messages failed; each is handled alone", len(calls))
-    return [call(app, message, context) for message, context in calls]
+    replies: list[Message] = []
+    for message, context in calls:
+        try:
+            replies.append(app(message, context))
+        except Exception as error:
+            replies.append(error_reply(message, 2, type(error).__name__))
+    return replies
 
 
-def fitting(adapter_bytes: Iterable[int]) -> int:
-    """Return how many messages fit into one call, by the size of their adapters; at least 1."""
-    return max(
-        1, min(MAX_MESSAGES_PER_CALL, MAX_ADAPTER_BYTES_PER_CALL // max([1, *adapter_bytes]))
-    )
+def fitting(messages: Iterable[Message]) -> int:
+    """Return how many of these messages fit into one call, by the size of their adapters."""
+    largest = max([1, *(wire.adapter_bytes(message.content) for message in messages)])
+    return max(1, min(MAX_MESSAGES_PER_CALL, MAX_ADAPTER_BYTES_PER_CALL // largest))

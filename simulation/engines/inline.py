@@ -4,11 +4,9 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
-from fedlora.flower_internals import set_message_id
-from fedlora.wire import wire
 from simulation.engines.grid import MAX_MESSAGES_PER_CALL, SimulationGrid, call_together, fitting
 
 
@@ -30,24 +28,17 @@ class InlineGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep messages until they are pulled."""
-        pushed = {set_message_id(message): message for message in messages}
+        pushed = self._begin(messages)
         self._waiting |= pushed
-        self._begin_exchange(pushed.values())
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Handle the first waiting messages and return their replies."""
         known = (self._waiting[i] for i in message_ids if i in self._waiting)
         waiting = list(itertools.islice(known, MAX_MESSAGES_PER_CALL))
-        count = 1
-        if waiting and waiting[0].metadata.message_type in wire.SHARED_TYPES:
-            count = fitting(wire.adapter_bytes(message.content) for message in waiting)
-        taken = waiting[:count]
+        shared = waiting and waiting[0].metadata.message_type == MessageType.TRAIN
+        taken = waiting[: fitting(waiting) if shared else 1]
         for message in taken:
             del self._waiting[message.metadata.message_id]
         calls = [(message, self._contexts[message.metadata.dst_node_id]) for message in taken]
-        replies = call_together(self._app, calls) if calls else []
-        for reply in replies:
-            set_message_id(reply)
-        self.answered += len(replies)
-        return replies
+        return self._end(call_together(self._app, calls) if calls else [])

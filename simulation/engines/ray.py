@@ -1,14 +1,12 @@
 """Simulation on Ray actors: each worker process keeps the base model for all its institutions.
 
 Records lie once in Ray's object store, and so does the global adapter, which all messages of a
-round share; base weights are mapped from files. The grid replaces a
-worker that dies or exceeds its time limit. It retries an institution whose worker died once, then
-reports the institution as failed.
+round share; base weights are mapped from files. The grid replaces a worker that dies or exceeds its
+time limit. It retries an institution whose worker died once, then reports it as failed.
 """
 
 import collections
 import contextlib
-import heapq
 import importlib
 import logging
 import math
@@ -30,7 +28,6 @@ from fedlora.config.config import from_flat
 from fedlora.data import records
 from fedlora.data.shards import Federation
 from fedlora.errors import InputError
-from fedlora.flower_internals import set_message_id
 from fedlora.startup import ENVIRONMENT, LIBRARIES, paused_gc, trim_heap
 from fedlora.wire import wire
 from server.exchange import TIMEOUT, WORKER_DIED
@@ -51,33 +48,18 @@ MAX_ATTEMPTS = 2
 STARTUP_SECONDS = 60.0  # added to the time limit of a worker's first call
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSpec:
-    """The worker processes of a grid.
-
-    Args:
-        count: Worker processes; 0 for as many as the cluster's cores allow.
-        threads: Torch threads, and cores, of a worker.
-        gpus: The share of a GPU that a worker takes.
-        log: A file for the institutions' own messages; empty for none.
-    """
-
-    count: int
-    threads: int
-    gpus: float = 0.0
-    log: str = ""
-
-
 @dataclass(kw_only=True)
 class _Job:
-    """One message to a node."""
+    """One message to a node.
+
+    Its key is that of the record that it shares with other messages; ``shared`` refers to that
+    record in the object store.
+    """
 
     message: Message
     context: Context
-    cost: float  # the node's expected work, relative to other nodes
-    key: str | None  # of the record that is shared with other messages
-    shared: Any  # the reference to that record in the object store
-    adapter_bytes: int
+    key: str | None
+    shared: Any
     attempts: int = 0
 
 
@@ -89,12 +71,6 @@ class _Call:
     worker: Any = None
     deadline: float = 0.0
 
-    @property
-    def limit(self) -> float:
-        """Time limit in seconds: all messages', but no more than the server has patience for."""
-        each = min(job.message.metadata.ttl for job in self.jobs)
-        return min(len(self.jobs), UNTIMED_TOGETHER) * each
-
 
 class _Worker:
     """The actor of a worker process: one ClientApp, which serves one institution after another.
@@ -103,6 +79,7 @@ class _Worker:
         app: The ClientApp as ``module:name``.
         log: A file for the institutions' own messages; empty for none.
         run_config: Flower's run config, sent once instead of with each call.
+        federation: All records; None where the app reads none.
     """
 
     def __init__(
@@ -139,14 +116,12 @@ class _Worker:
             calls.append((message, context))
         replies = call_together(self._app, calls)
         trim_heap()
-        return [
-            (reply, context.state if len(context.state) else None)
-            for reply, (_, context) in zip(replies, calls, strict=True)
-        ]
+        states = [context.state if len(context.state) else None for _, context in calls]
+        return list(zip(replies, states, strict=True))
 
 
 class RayGrid(SimulationGrid):
-    """A Grid on Ray actors.
+    """A Grid on Ray actors, as many as fit into the cluster.
 
     Use it as a context manager inside `started`: the exit ends the workers.
 
@@ -154,9 +129,10 @@ class RayGrid(SimulationGrid):
         app: The ClientApp as ``module:name``; workers import it themselves.
         institutions: Number of virtual nodes.
         run_config: Flower's run config.
-        workers: The worker processes.
-        costs: The expected work of each institution's messages, above 0 in any unit; empty for
-            equal costs.
+        threads: Torch threads, and cores, of a worker.
+        gpus: The share of a GPU that a worker takes.
+        log: A file for the institutions' own messages; empty for none.
+        costs: The expected work of each institution's messages, in any unit; empty: equal.
         federation: All records, which the workers share; None where the app reads none.
     """
 
@@ -166,28 +142,30 @@ class RayGrid(SimulationGrid):
         institutions: int,
         run_config: Mapping[str, Any],
         *,
-        workers: WorkerSpec,
+        threads: int,
+        gpus: float = 0.0,
+        log: str = "",
         costs: Sequence[float] = (),
         federation: Federation | None = None,
     ) -> None:
         super().__init__(institutions, run_config)
-        self._costs = dict(zip(self.get_node_ids(), costs, strict=True)) if costs else {}
-        count = min(_max_workers(workers.threads, workers.gpus), institutions)
-        self._count = min(workers.count, count) if workers.count else count
+        self._costs = dict(zip(self.get_node_ids(), costs, strict=bool(costs)))
+        self._count = min(_max_workers(threads, gpus), institutions)
         self._actor: Any = ray.remote(_Worker).options(
-            num_cpus=workers.threads,
-            num_gpus=workers.gpus,
+            num_cpus=threads,
+            num_gpus=gpus,
             max_restarts=0,
             runtime_env={"env_vars": ENVIRONMENT | LIBRARIES},
         )
         given = None if federation is None else ray.put(federation)
-        self._arguments = (app, workers.log, dict(run_config), given)
+        self._arguments = (app, log, dict(run_config), given)
         self._queue: collections.deque[_Call] = collections.deque()
         self._running: dict[Any, _Call] = {}  # by the reference to the replies
         self._idle: list[Any] = []
         self._new: set[Any] = set()  # workers without a reply so far
         self._starting: dict[Any, Any] = {}  # by the reference to their pid
-        self._failed_starts: int | None = 0  # None once a worker has started
+        self._failed_starts = 0
+        self._started = False  # whether a worker ever has
         for _ in range(self._count):
             self._start_worker()
 
@@ -206,31 +184,25 @@ class RayGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages. Their shared record goes into the object store once."""
+        pushed = self._begin(messages)
+        most = fitting(pushed.values())
         stored: dict[int, Any] = {}  # by the id of the record
         jobs: list[_Job] = []
-        for message in messages:
-            set_message_id(message)
-            key, node = wire.share_key(message), message.metadata.dst_node_id
-            shared = None
+        for message in pushed.values():
+            key, shared = wire.share_key(message), None
+            context = self._contexts[message.metadata.dst_node_id]
             if key is not None:
                 record = message.content[key]
-                if id(record) not in stored:
-                    stored[id(record)] = ray.put(record)
-                shared = stored[id(record)]
-            job = _Job(
-                message=message if key is None else _without(message, key),
-                context=self._contexts[node],
-                cost=self._costs.get(node, 1.0),
-                key=key,
-                shared=shared,
-                adapter_bytes=wire.adapter_bytes(message.content),
-            )
-            jobs.append(job)
-        # no caller waits for the messages of an earlier push
-        self._queue = collections.deque(_group(jobs, self._count))
-        self._begin_exchange([job.message for job in jobs])
+                shared = stored.get(id(record)) or ray.put(record)
+                stored[id(record)] = shared
+                message = _without(message, key)
+            jobs.append(_Job(message=message, context=context, key=key, shared=shared))
+        jobs.sort(key=lambda job: -self._costs.get(job.context.node_id, 1.0))
+        count = min(len(jobs), self._count * math.ceil(len(jobs) / (most * self._count)))
+        # each call gets one job of each size; no caller waits for the messages of an earlier push
+        self._queue = collections.deque(_Call(jobs=jobs[i::count]) for i in range(count))
         self._dispatch()
-        return [job.message.metadata.message_id for job in jobs]
+        return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have arrived; wait up to 0.1 s for the first.
@@ -249,10 +221,7 @@ class RayGrid(SimulationGrid):
         for reference in [r for r, call in self._running.items() if call.deadline < now]:
             replies += self._replace(reference, TIMEOUT)
         self._dispatch()
-        for reply in replies:
-            set_message_id(reply)
-        self.answered += len(replies)
-        return replies
+        return self._end(replies)
 
     def _start_worker(self) -> None:
         worker = self._actor.remote(*self._arguments)
@@ -266,12 +235,11 @@ class RayGrid(SimulationGrid):
             ray.get(reference)
         except RayError as error:
             log.warning("a worker could not start: %s", _cause(error))
-            if self._failed_starts is not None:
-                self._failed_starts += 1
-                if self._failed_starts == self._count:
-                    raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
+            self._failed_starts += 1
+            if not self._started and self._failed_starts == self._count:
+                raise ChildProcessError(f"no worker can start: {_cause(error)}") from error
         else:
-            self._failed_starts = None
+            self._started = True
             self._idle.append(worker)
 
     def _dispatch(self) -> None:
@@ -281,8 +249,11 @@ class RayGrid(SimulationGrid):
             for job in call.jobs:
                 job.attempts += 1
             work = [(j.message, j.context.node_config, j.context.state, j.key) for j in call.jobs]
+            # all messages' time, but no more than the server has patience for
+            each = min(job.message.metadata.ttl for job in call.jobs)
+            seconds = min(len(call.jobs), UNTIMED_TOGETHER) * each
             call.worker = worker
-            call.deadline = time.monotonic() + call.limit + STARTUP_SECONDS * (worker in self._new)
+            call.deadline = time.monotonic() + seconds + STARTUP_SECONDS * (worker in self._new)
             self._running[worker.handle.remote(work, *(job.shared for job in call.jobs))] = call
 
     def _collect(self, reference: Any) -> list[Message]:
@@ -322,8 +293,7 @@ class RayGrid(SimulationGrid):
         last = MAX_ATTEMPTS if code == WORKER_DIED else 1  # one that hangs would hang again
         if len(call.jobs) == 1 and call.jobs[0].attempts >= last:
             return [error_reply(call.jobs[0].message, code, "ended")]
-        for job in reversed(call.jobs):
-            self._queue.appendleft(_Call(jobs=[job]))
+        self._queue.extendleft(_Call(jobs=[job]) for job in reversed(call.jobs))
         return []
 
 
@@ -332,44 +302,26 @@ def _cause(error: RayError) -> str:
     return str(error).strip().rpartition("\n")[2].strip()
 
 
-def _group(jobs: list[_Job], workers: int) -> list[_Call]:
-    """Group jobs into as few calls of about equal cost as fit, the same number for each worker."""
-    if not jobs:
-        return []
-    most = fitting(job.adapter_bytes for job in jobs)
-    count = min(len(jobs), workers * math.ceil(len(jobs) / (most * workers)))
-    calls = [_Call(jobs=[]) for _ in range(count)]
-    heap = [(0.0, number) for number in range(count)]
-    for job in sorted(jobs, key=lambda job: -job.cost):
-        total, number = heapq.heappop(heap)
-        calls[number].jobs.append(job)
-        if len(calls[number].jobs) < most:
-            heapq.heappush(heap, (total + job.cost, number))
-    return [call for call in calls if call.jobs]
-
-
 def _max_workers(threads: int, gpus: float) -> int:
     """Return the number of workers that fit into the cluster.
 
     Raises:
         InputError: If not even one fits.
     """
-    nodes: list[Mapping[str, float]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    count = sum(_fitting(node, threads, gpus) for node in nodes)
+    count, said = 0, list[str]()
+    for node in ray.nodes():
+        if node["Alive"]:
+            cores, cards = int(node["Resources"].get("CPU", 0)), node["Resources"].get("GPU", 0.0)
+            said.append(f"{cores} cores and {cards:g} GPUs")
+            fits = cores // threads
+            if gpus:  # a share below 1 stays on one card
+                fits = min(fits, int(cards * int(1 / gpus) if gpus <= 1 else cards // gpus))
+            count += fits
     if count < 1:
-        said = ", ".join(f"{n.get('CPU', 0):g} cores and {n.get('GPU', 0):g} GPUs" for n in nodes)
         raise InputError(
             f"engine.threads is {threads} and engine.gpus {gpus:g}, but there is no machine with "
-            f"as many, only {said}; lower them"
+            f"as many, only {', '.join(said)}; lower them"
         )
-    return count
-
-
-def _fitting(node: Mapping[str, float], threads: int, gpus: float) -> int:
-    """The number of workers that fit on one machine."""
-    count, cards = int(node.get("CPU", 0)) // threads, node.get("GPU", 0.0)
-    if gpus:  # a share below 1 stays on one card
-        count = min(count, int(cards * int(1 / gpus)) if gpus <= 1 else int(cards // gpus))
     return count
 
 

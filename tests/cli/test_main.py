@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import fedlora
 import server.rounds
 from cli.main import app
 from fedlora import FederationConfig, PrivacyConfig, RunConfig, TrainingConfig
@@ -19,7 +18,7 @@ from fedlora.data import records
 from fedlora.privacy.budget import plan_run
 
 runner = CliRunner()
-QUIETLY = ("--engine", "inline", "--quiet")
+QUIETLY = ("--engine", "inline")
 
 
 def invoke(*arguments):
@@ -44,10 +43,6 @@ def config_file(tmp_path, tiny_config):
         return path
 
     return write
-
-
-def test_the_version_is_the_packages():
-    assert invoke("--version").stdout.strip() == fedlora.__version__
 
 
 def test_config_lists_every_key_and_resolves_a_file(config_file):
@@ -102,7 +97,6 @@ def test_run_then_evaluate_predict_and_merge(config_file, tmp_path, complaints, 
     refused("predict", out, "--data", table, words=["data.text is 'text'", "id, story"])
     refused("predict", out, words=["give texts or --data"])
     refused("predict", out, "stolen", "--data", table, words=["not both"])
-    refused("predict", out, "stolen", *columns, words=["give --data too"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     refused("predict", out, "stolen", "--set", "engine.gpus=1", words=["torch finds no GPU"])
     refused("predict", out, " ", words=["text 1 of 1 is empty"])
@@ -160,39 +154,6 @@ def test_labels_and_texts_cannot_write_to_the_terminal_but_as_text(
     assert HOSTILE in read["per_class"]
 
 
-def test_bad_input_that_no_encoding_can_write_is_one_line(config_file, tmp_path):
-    refused("predict", tmp_path, "\ud800", words=["half of a surrogate pair"])
-    refused("run", config_file(), "--set", "data.text=\udc80", words=["data.text", r"\udc80"])
-    deep = tmp_path / "deep.jsonl"
-    deep.write_text("[" * 100_000)
-    assign = ("--set", f"data.source={deep}")
-    refused("run", config_file(), *assign, words=["deep.jsonl", "cannot be read"])
-    done = tmp_path / "done"
-    done.mkdir()
-    (done / "config.toml").write_text(config_file().read_text())
-    for content in ("[" * 100_000, "\ud800"):
-        (done / "result.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-        refused(
-            "predict", done, "text", words=["holds no complete run that can be read", "result.json"]
-        )
-        refused("report", done, words=["holds no complete run that can be read", "run --resume"])
-
-
-def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
-    config_file, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
-    monkeypatch.setenv("COLUMNS", "50")
-    result = invoke("run", config_file(), "--out", out, "--engine", "inline")
-    assert result.exit_code == 0, result.output
-    assert f"results in {out}\n" in result.stdout
-    assert f"every round    {out / 'rounds.jsonl'}\n" in result.stdout
-    text = re.sub(r"[\s│]+", " ", result.stdout)
-    files = ("privacy.json", "rounds.jsonl")
-    for word in ("accuracy", "macro f1", "epsilon", "protects nobody", *files):
-        assert word in text
-
-
 @pytest.mark.parametrize(
     ("assign", "words"),
     [
@@ -217,8 +178,6 @@ def test_a_table_and_places_are_printed_and_no_terminal_is_too_narrow(
         ("training.max-length=4096", ["training.max-length", "4096", "64"]),
         ("adapter.target-modules=nope", ["nope"]),
         ("privacy.epsilon=1e-9", ["epsilon", "1e-09", "raise"]),
-        ("privacy.ledger=/dev/null", ["privacy.ledger", "/dev/null"]),
-        ("tracking.mlflow=http://u:word@host", ["tracking.mlflow", "MLFLOW_TRACKING_PASSWORD"]),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(config_file, tmp_path, assign, words):
@@ -233,15 +192,6 @@ def test_a_file_in_place_of_the_run_directory_is_refused(config_file, tmp_path):
     refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["other files"])
 
 
-def test_data_too_small_to_hold_anything_out_is_refused(config_file, tmp_path):
-    path, out = tmp_path / "few.csv", tmp_path / "out"
-    path.write_text("text,label,bank\na loan,loan,A\na card,card,A\n")
-    sets = ("--set", f"data.source={path}", "--set", "data.test-fraction=0.01")
-    words = ["0 held-out rows", "data.test-fraction", "2 classes for 2 rows", "model.task = sft"]
-    refused("run", config_file(), *sets, "--out", out, *QUIETLY, words=words)
-    assert not out.exists()
-
-
 def test_pickle_weights_are_refused(config_file, tmp_path, tiny_encoder):
     folder = tmp_path / "pickled"
     folder.mkdir()
@@ -249,22 +199,6 @@ def test_pickle_weights_are_refused(config_file, tmp_path, tiny_encoder):
         (folder / name).write_bytes((tiny_encoder / name).read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"anything")
     refused("run", config_file(), "--set", f"model.name={folder}", "--quiet", words=["pickles"])
-
-
-def test_other_files_in_the_run_directory_are_kept(config_file, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("precious")
-    refused("run", config_file(), "--out", out, *QUIETLY, words=["other files"])
-    assert [p.name for p in out.iterdir()] == ["mine.txt"]
-
-
-def test_a_full_disk_is_said_before_the_run(config_file, tmp_path, monkeypatch):
-    from server import run_directory
-
-    monkeypatch.setattr(run_directory, "MIN_FREE_BYTES", 2**60)
-    refused("run", config_file(), "--out", tmp_path / "out", *QUIETLY, words=["MiB free"])
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
@@ -297,25 +231,6 @@ def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(
     resumed = invoke("run", "--resume", out, "--engine", "inline", "--json")
     assert resumed.exit_code == 0, resumed.output
     assert json.loads(resumed.stdout)["rounds"] == 3
-
-
-def test_a_command_under_nohup_outlives_its_terminal(monkeypatch):
-    monkeypatch.setattr("cli.main.quiet_libraries", lambda: os.kill(os.getpid(), signal.SIGHUP))
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert invoke("--version").exit_code == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@pytest.fixture
-def heeded_signals():
-    """As in a terminal: under nohup and in a script's background both are ignored."""
-    heeded = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heeded_signals")
@@ -353,7 +268,7 @@ def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     assert back["epsilon"] == pytest.approx(forward["epsilon"]) and back["epsilon"] <= 3
     run = plan_run(
         RunConfig(
-            training=TrainingConfig(batch_size=128, sample_rate=0.0, local_steps=1),
+            training=TrainingConfig(batch_size=128.0, local_steps=1),
             federation=FederationConfig(rounds=1211),
             privacy=PrivacyConfig(epsilon=3.0),
         ),
@@ -365,27 +280,8 @@ def test_plan_gives_noise_for_epsilon_and_epsilon_for_noise():
     assert default["noise_multiplier"] == run.noise_multiplier
     small = ("plan", "--records", 10, "--steps", 1)
     refused(*small, "--batch-size", 20, "--epsilon", 1, words=["--batch-size", "20", "10"])
-    refused(*small, "--sample-rate", 2, "--epsilon", 1, words=["--sample-rate", "2"])
-    refused(*small, "--epsilon", 1, words=["--batch-size", "--sample-rate"])
     refused(*small, "--batch-size", 2, words=["--epsilon", "--noise-multiplier"])
     refused(*small, "--batch-size", 2, "--epsilon", 1, "--delta", 0.2, words=["delta", "0.2"])
-
-
-def test_plan_gives_both_epsilons_of_secure_aggregation():
-    size = ("--records", 100, "--sample-rate", 0.2, "--steps", 30, "--delta", 1e-5, "--epsilon", 1)
-    common = (*size, "--json")
-    trust = ("--institutions", 39, "--honest", 34, "--colluding", 3)
-    shared = json.loads(invoke("plan", *common, *trust).stdout)
-    whole = json.loads(invoke("plan", *common).stdout)
-    assert shared["noise_multiplier"] == pytest.approx(whole["noise_multiplier"], rel=3e-3)
-    assert shared["epsilon"] <= 1 < shared["epsilon_alone"]
-    assert shared["least_survivors"] == 37
-    assert shared["share_noise_multiplier"] == shared["noise_multiplier"] / 34**0.5
-    assert "if all others collude" in invoke("plan", *size, *trust).stdout.replace("\n", " ")
-    refused("plan", *size, "--institutions", 39, "--honest", 1, words=["--honest is 1", "2"])
-    refused("plan", *size, *trust[:4], "--colluding", 6, words=["--colluding 6", "39"])
-    refused("plan", *size, *trust[:4], "--colluding", 0, words=["--colluding is 0", "1"])
-    assert json.loads(invoke("plan", *common, *trust[:4]).stdout)["least_survivors"] == 35
 
 
 def test_a_ledger_is_made_shown_and_verified(tmp_path):
@@ -396,8 +292,7 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     assert shown["entries"] == []
     lines = invoke("ledger", "show", path).stdout.splitlines()
     assert {"epsilon        0", "epsilon alone  0"} <= set(lines)
-    verified = json.loads(invoke("ledger", "verify", path, "--json").stdout)
-    assert verified == {"ok": True, "problems": []}
+    assert invoke("ledger", "verify", path).exit_code == 0
     again = invoke("ledger", "init", path, "--max-epsilon", 99, "--delta", 1e-6)
     assert again.exit_code == 2 and "ledger" in again.stderr
     assert invoke("ledger", "show", tmp_path / "none.db").exit_code == 2
@@ -405,9 +300,7 @@ def test_a_ledger_is_made_shown_and_verified(tmp_path):
     words = [f"make it: mkdir -m 700 {nowhere.parent}"]
     refused("ledger", "init", nowhere, "--max-epsilon", 10, "--delta", 1e-6, words=words)
     Path(path).write_bytes(b"no database")
-    damaged = invoke("ledger", "verify", path, "--json")
-    assert damaged.exit_code == 1
-    assert not json.loads(damaged.stdout)["ok"] and json.loads(damaged.stdout)["problems"]
+    assert invoke("ledger", "verify", path).exit_code == 1
     assert invoke("ledger", "verify", tmp_path / "none.db").exit_code == 2
 
 
@@ -422,28 +315,11 @@ def test_a_run_on_ray_without_ray_is_refused_before_records_are_read(
     assert not out.exists()
 
 
-def test_a_sweep_and_an_audit_without_ray_are_refused_before_records_are_read(
-    config_file, tmp_path, missing, monkeypatch
-):
-    path = config_file(**{"data.test-fraction": 0.5})
-    sweep = tmp_path / "sweep.toml"
-    sweep.write_text(f'base = "{path}"\narms = ["federated"]\n[grid]\nseed = [1]\n')
-    monkeypatch.setattr(records, "load", lambda _: pytest.fail("records were read"))
-    monkeypatch.setattr("experiments.audit.run.plant", lambda *_: pytest.fail("records were read"))
-    missing("ray")
-    refused("sweep", sweep, "--out", tmp_path / "out", words=["package ray"])
-    refused("audit", path, "--out", tmp_path / "out", words=["package ray"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_is_interrupted_while_its_page_is_drawn_gives_its_results(
-    config_file, tmp_path, monkeypatch
-):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("experiments.report.write", interrupted)
-    out = tmp_path / "out"
-    done = invoke("run", config_file(), "--out", out, "--engine", "inline", "--json")
-    assert done.exit_code == 0 and json.loads(done.stdout)["rounds"] == 1
-    assert f"not written (KeyboardInterrupt); try: fedlora report {out}" in done.stderr
+@pytest.fixture
+def heeded_signals():
+    """As in a terminal: under nohup and in a script's background both are ignored."""
+    heeded = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

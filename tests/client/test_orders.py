@@ -204,7 +204,7 @@ def test_epsilon_at_a_large_delta_is_refused_for_what_it_is_at_the_ledgers(bank,
 def test_no_choice_of_a_server_spends_more_than_the_limit_at_the_ledgers_delta(own, delta, rate):
     values = {
         "privacy.delta": delta,
-        "training.sample-rate": rate,
+        "training.batch-size": rate,
         "federation.rounds": 4,
     }
     plan = plan_run(from_flat(values), 64, 4)
@@ -239,15 +239,10 @@ def test_the_epsilon_if_all_others_collude_has_a_limit_of_its_own(bank):
     assert dataclasses.replace(who, max_alone_epsilon=1.01 * alone).answer(order).words is not None
 
 
-@pytest.mark.parametrize(
-    "values", [{}, {**SECURE, "privacy.protocol": "ideal"}], ids=["own", "sum"]
-)
-def test_an_answer_that_the_ledger_cannot_store_is_refused_before_a_charge(
-    bank, monkeypatch, values
-):
+def test_an_answer_that_the_ledger_cannot_store_is_refused_before_a_charge(bank, monkeypatch):
     """SQLite takes no value of over 10^9 bytes; it would be found after the charge."""
     assert checks.MAX_ANSWER / 8 < noise_shares.MAX_PARAMETERS  # that the plan counts
-    who, _, order = bank(**values)
+    who, _, order = bank()
     monkeypatch.setattr(checks, "MAX_ANSWER", 1000)
     assert _refused(who, order) == "adapter-too-large"
 
@@ -261,9 +256,8 @@ def test_the_settings_decide_about_secure_aggregation(tmp_path):
         "data.institutions": 5,
         "data.labels": '["x"]',
         "model.name": "m",
-        "privacy.protocol": "full",
         "privacy.delta": 1e-5,
-        "training.sample-rate": 0.2,
+        "training.batch-size": 0.2,
     }
 
     def code(asked=asked, **changes):
@@ -276,7 +270,6 @@ def test_the_settings_decide_about_secure_aggregation(tmp_path):
     assert code(secure_aggregation=True) == "secure-aggregation"
     assert code(secure_aggregation=True, min_honest=4) == "too-few-honest"
     assert code(secure_aggregation=True, min_colluding=2) == "too-few-colluding"
-    assert code(asked | {"privacy.protocol": "ideal"}, secure_aggregation=True) == "masks-required"
     run = config_policy.apply(dataclasses.replace(own, secure_aggregation=True), asked)
     with_limit = dataclasses.replace(own, max_alone_epsilon=3.0)
     assert Institution.deployed(with_limit, run).max_alone_epsilon == 3.0

@@ -38,7 +38,7 @@ PLAIN = {
     "data.labels": json.dumps(LABELS),
     "data.test-source": "/configs/test.csv",
     "training.local-steps": 2,
-    "training.sample-rate": 0.25,
+    "training.batch-size": 0.25,
     "training.max-length": 16,
     "federation.rounds": 2,
     "federation.server-optimizer": "adam",

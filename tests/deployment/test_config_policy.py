@@ -37,7 +37,7 @@ BASE = {
     "model.name": "m",
     "data.source": INSTITUTIONS,
     "data.labels": json.dumps(LABELS),
-    "training.sample-rate": 0.25,
+    "training.batch-size": 0.25,
     "training.max-length": 16,
     "privacy.delta": 1e-4,
 }
@@ -45,7 +45,6 @@ SECURE = {
     "privacy.trust": "secure-aggregation",
     "privacy.honest": 3,
     "privacy.colluding": 2,
-    "privacy.protocol": "full",
     "federation.weighting": "public-size",
     "training.local-steps": 1,
 }
@@ -67,8 +66,6 @@ def test_the_institution_follows_or_decides_known_keys_and_leaves_the_rest_at_th
     assert not TAKEN & OWN.keys()
     private = {key for key in known - TAKEN if key.startswith("privacy.")}
     assert private == {  # of the server alone
-        "privacy.ledger",
-        "privacy.max-epsilon",
         "privacy.institution-epsilon",
         "privacy.institution-max-norm",
     }
@@ -97,7 +94,7 @@ def test_the_institution_follows_or_decides_known_keys_and_leaves_the_rest_at_th
         ("seeded-noise", "privacy.noise", ["seeded"]),
         ("bad-configuration", "privacy.epsilon", [math.nan, -1.0, "x"]),
         ("bad-configuration", "privacy.max-grad-norm", [0.0, math.nan, 1.1e6]),
-        ("bad-configuration", "training.sample-rate", [-0.1, 1.0001, math.nan]),
+        ("bad-configuration", "training.batch-size", [-0.1, 1.5, math.nan]),
         ("bad-configuration", "training.optimizer", ["lbfgs", "x" * 10**6, 7]),
         ("bad-configuration", "adapter.rank", [0, -1, "x", True]),
         ("bad-configuration", "engine.thread", [1]),
@@ -115,7 +112,6 @@ def test_a_value_out_of_bounds_is_refused(code, key, values):
         ("", "privacy.colluding", 10**6),
         ("too-few-honest", "privacy.honest", 2),
         ("too-few-colluding", "privacy.colluding", 1),
-        ("masks-required", "privacy.protocol", "ideal"),
         ("bad-configuration", "training.local-steps", 2),
         ("bad-configuration", "federation.strategy", "stack"),
         ("bad-configuration", "federation.weighting", "uniform"),

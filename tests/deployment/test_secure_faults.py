@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
 SECURE = {
     **PRIVATE,
     "privacy.trust": "secure-aggregation",
-    "privacy.protocol": "full",
     "privacy.honest": 2,
     "privacy.colluding": 1,
     "training.local-steps": 1,

@@ -30,7 +30,6 @@ from tests.deployment.remote import BANKS, Remote
 
 SECURE = {
     "privacy.trust": "secure-aggregation",
-    "privacy.protocol": "full",
     "privacy.honest": 2,
     "privacy.colluding": 1,
     "federation.weighting": "public-size",
@@ -97,8 +96,6 @@ def test_a_deployment_runs_the_protocol_and_erases_its_secrets_at_the_end(
         assert [entry["answered"] for entry in _entries(rows, name)] == [True, True]
         store = rows / name / "state" / "secure.db"
         assert store.stat().st_mode & 0o077 == 0
-    said = json.loads((Path(config.run_dir) / "privacy.json").read_text())
-    assert said["secure_aggregation"]["protocol"] == "full"
     checks = verification.verify(Path(config.run_dir), signing / "ca.crt")
     assert {check.name for check in checks if check.state != "ok"} == set()
 
@@ -336,12 +333,8 @@ def test_a_round_under_other_terms_than_the_setup_is_refused_before_it_is_charge
     assert not grid.words and not any(_entries(rows, name) for name in BANKS)
 
 
-def test_a_server_that_asks_for_the_ideal_protocol_gets_no_plain_words(deployed, files, rows):
-    """Before the setup all institutions refuse; in a round without a masked order, too."""
+def test_a_server_that_leaves_the_masked_order_out_gets_no_plain_words(deployed, files, rows):
     config = deployed(**SECURE)
-    grid = Remote(files, config.flat() | {"privacy.protocol": "ideal"})
-    with pytest.raises(RunFailed, match="masks-required x 4"):
-        _run(config, grid)
     grid = Lying(files, config, "train", lambda content, _: _without_mask(content))
     with pytest.raises(RunFailed, match="secure-order-missing x 4"):
         _run(config, grid)

@@ -64,7 +64,7 @@ def config(tmp_path, sentences):
                 "data.institutions": 2,
                 "data.min-records": 1,
                 "data.prompt": PROMPTS[task],
-                "training.sample-rate": 0.5,
+                "training.batch-size": 0.5,
                 "training.physical-batch": 2,
                 "training.learning-rate": 0.2,
                 "training.max-length": 96,

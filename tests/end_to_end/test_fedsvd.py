@@ -1,6 +1,5 @@
 """Whole rounds under fedsvd, whose frozen A is another one in every round."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from client import private_training
 from client.institution import Institution
 from client.private_round import train_rounds
 from fedlora.data import records
-from fedlora.errors import InputError
 from fedlora.models import models, trainable
 from fedlora.models.adapters import AdapterState, kind
 from fedlora.runs.run_files import read_records
@@ -71,7 +69,6 @@ def test_a_run_in_which_half_the_institutions_are_asked_is_the_same_after_a_resu
                 "adapter.method": method,
                 "model.quantization": quantization,
                 "privacy.epsilon": epsilon,
-                "privacy.ledger": str(tmp_path / f"ledgers-{name}"),
                 "training.local-steps": 2,
                 "federation.rounds": 4,
                 "federation.institutions-per-round": 2,
@@ -175,32 +172,3 @@ def test_an_institution_trains_with_the_a_of_its_order_whatever_it_trained_with_
         moved = float((product - began[path]).norm())
         assert moved > 0
         assert float((products[1][path] - product).norm()) < 1e-3 * moved
-
-
-def test_until_b_has_moved_the_first_a_stays(tiny_config, simulate_run):
-    """A head of zeros gives B no gradient, so the first step without DP moves the head alone."""
-    config = tiny_config(**FEDSVD, **{"privacy.epsilon": math.inf, "federation.rounds": 1})
-    simulate_run(config)
-    start = trainable.load(config, records.load(config).labels).start
-    end = final_adapter(config)
-    moved = {kind(name) for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {"head"}
-    more = dataclasses.replace(config, federation=dataclasses.replace(config.federation, rounds=2))
-    more = dataclasses.replace(more, run_dir=config.run_dir + "-more")
-    simulate_run(more)
-    end = final_adapter(more)
-    assert all(_orthonormal(end)) and not any(_orthonormal(start))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"federation.server-optimizer": "adam"}, "takes no server optimizer"),
-        ({"federation.server-learning-rate": 0.5}, "takes no server optimizer"),
-        ({"federation.robust": "median"}, "does not average each factor by itself"),
-        ({"privacy.institution-epsilon": 8.0}, "a mean of the factors themselves"),
-    ],
-)
-def test_what_would_act_on_one_factor_alone_is_refused(tiny_config, values, message):
-    with pytest.raises(InputError, match=message):
-        tiny_config(**FEDSVD | values)

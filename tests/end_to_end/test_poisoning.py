@@ -61,7 +61,7 @@ def accuracy(tiny_config, simulate_run, tmp_path):
             "data.partition": "iid",
             "data.institutions": 10,
             "training.learning-rate": 0.1,
-            "training.sample-rate": 1.0,
+            "training.batch-size": 10**6,
             "training.physical-batch": 128,
             "federation.rounds": 80,
             "federation.server-learning-rate": 0.008,

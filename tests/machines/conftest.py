@@ -39,7 +39,7 @@ def values(tiny_encoder, few_complaints) -> dict[str, Any]:
         "data.institutions": len(BANKS),
         "data.min-records": 10,
         "training.local-steps": 1,
-        "training.sample-rate": 1.0,  # noise is then planned in no time
+        "training.batch-size": 10**6,  # noise is then planned in no time
         "training.max-length": 16,
         "federation.weighting": "uniform",
         "federation.rounds": 3,

@@ -42,7 +42,7 @@ ALLOWED = [
     {},
     {"privacy.epsilon": 1.0},
     {"training.local-steps": 2},
-    {"training.sample-rate": 0.25, "privacy.max-grad-norm": 0.5},
+    {"training.batch-size": 0.25, "privacy.max-grad-norm": 0.5},
 ]
 """What an honest server may choose for a run."""
 FORBIDDEN = [
@@ -50,7 +50,7 @@ FORBIDDEN = [
     {"privacy.epsilon": 100.0},
     {"privacy.epsilon": float("inf")},
     {"training.local-steps": 50},
-    {"training.sample-rate": 7.0},
+    {"training.batch-size": 7.0},
     {"training.max-length": 5000},
     {"privacy.unit": "customer"},
     {"privacy.delta": 0.5},

@@ -215,8 +215,6 @@ class ServerMachine(RuleBasedStateMachine):
         self.said = {}
         places = {
             "run-dir": str(self.directory),
-            "privacy.ledger": str(self.scratch / "ledgers"),
-            "privacy.max-epsilon": 1000.0,
         }
         self.config = type(self).make_config(**changes, **places)
 

@@ -1,8 +1,5 @@
 """A reply that cannot be read concerns its node and no other."""
 
-import time
-
-import httpx
 import pytest
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
@@ -11,7 +8,6 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from fedlora.errors import Refusal
 from fedlora.wire import wire
 from fedlora.wire.messages import Query
-from server import exchange as server_exchange
 from server.exchange import exchange
 from server.replies import content
 from simulation.engines.grid import identify
@@ -60,40 +56,6 @@ def test_orders_that_a_restarting_superlink_lost_are_pushed_again(orders):
     assert not replies[1].has_error()
 
 
-class SilentGrid(InlineGrid):
-    """Node 3 never answers."""
-
-    def __init__(self, nodes):
-        app = ClientApp()
-
-        @app.query()
-        def hello(message, context):
-            return Message(message.content, reply_to=message)
-
-        super().__init__(app, nodes, {})
-
-    def pull_messages(self, message_ids):
-        heard = [i for i in message_ids if self._waiting[i].metadata.dst_node_id != 3]
-        return super().pull_messages(heard)
-
-
-def test_who_is_not_needed_is_not_waited_for_as_long(orders, monkeypatch):
-    monkeypatch.setattr(server_exchange, "GRACE", 0.05)
-    heard: list[int] = []
-    began = time.monotonic()
-    for node, reply in exchange(SilentGrid(3), orders, 60.0, enough=lambda: len(heard) >= 2):
-        if reply is not None:
-            heard.append(node)
-    assert sorted(heard) == [1, 2] and time.monotonic() - began < 30.0
-
-
-def test_who_is_needed_is_waited_for(orders, monkeypatch):
-    monkeypatch.setattr(server_exchange, "GRACE", 0.0)
-    began = time.monotonic()
-    replies = dict(exchange(SilentGrid(3), orders, 0.5, enough=lambda: False))
-    assert replies[3] is None and time.monotonic() - began >= 0.5
-
-
 @pytest.mark.parametrize("error", [ValueError("torn"), KeyError("x"), AttributeError("y")])
 def test_a_reply_that_the_grid_cannot_read_is_refused_and_the_others_arrive(orders, error):
     grid = RaisingGrid(3, error)
@@ -104,9 +66,3 @@ def test_a_reply_that_the_grid_cannot_read_is_refused_and_the_others_arrive(orde
     with pytest.raises(Refusal, match="malformed-message"):
         content(replies[2])
     assert grid.requests == [[1, 2, 3], [1], [2], [3]]
-
-
-@pytest.mark.parametrize("error", [httpx.ConnectError("gone"), ConnectionError("gone")])
-def test_a_superlink_that_cannot_be_reached_is_no_fault_of_a_node(orders, error):
-    with pytest.raises(type(error)):
-        list(exchange(RaisingGrid(3, error), orders, 5.0))

@@ -1,5 +1,4 @@
 import dataclasses
-import errno
 import json
 import math
 from pathlib import Path
@@ -15,9 +14,8 @@ from fedlora.privacy import accounting, composition
 from fedlora.privacy.composition import Event
 from fedlora.runs.run_files import read_records
 from fedlora.wire.messages import ClientUpdate
-from server import aggregation, institution_privacy, privacy_statement
+from server import institution_privacy, privacy_statement
 from server.run_directory import RunDirectory
-from strategies import STRATEGIES
 from strategies.base import Round
 
 
@@ -31,37 +29,9 @@ def test_the_plan_fits_the_budget_and_counts_what_was_asked(tiny_config):
     assert mechanism.spent([3, 1]) == composition.epsilon((event,), 1e-3)
 
 
-def test_it_is_off_unless_asked_for(tiny_config):
-    chosen = aggregation.choose(tiny_config(), 4, 3, STRATEGIES["fedavg"], None)
-    assert isinstance(chosen, aggregation.Mean)
-
-
 def test_weights_other_than_uniform_are_refused(tiny_config):
     with pytest.raises(InputError, match="weighting is 'public-size'"):
         tiny_config(**{"privacy.institution-epsilon": 5.0, "federation.weighting": "public-size"})
-
-
-@pytest.mark.parametrize("level", ["record", "institution", "both"])
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_class_list_that_was_read_from_the_records_is_said_to_be_public(
-    tiny_config, listed, level
-):
-    values = {"privacy.noise": "secure", "data.labels": ["a", "b"] * listed}
-    if level == "institution":
-        values["privacy.epsilon"] = float("inf")
-    if level != "record":
-        values |= {"privacy.institution-epsilon": 5.0, "federation.weighting": "uniform"}
-    said = privacy_statement.promise(tiny_config(**values), follows=False)["protects"]
-    assert ("list of classes is taken for public" in said) != listed
-    assert ("shows that record's label" in said) == (level != "institution" and not listed)
-    assert ("only one institution has" in said) == (level != "record" and not listed)
-
-
-@pytest.mark.parametrize("view", ["all", "pooled"])
-def test_pooling_divides_a_unit_that_several_institutions_hold_and_says_so(tiny_config, view):
-    values = {"privacy.noise": "secure", "data.view": view, "privacy.unit": "customer"}
-    said = privacy_statement.promise(tiny_config(**values), follows=False)["protects"]
-    assert ("counts as one unit at each" in said) == (view == "pooled")
 
 
 @pytest.mark.parametrize("epsilon", ["8.0", "inf"])
@@ -154,21 +124,6 @@ def test_a_damaged_newest_checkpoint_is_replaced_only_where_no_round_is_released
         directory.latest(newest_only=True)
     state = directory.latest()
     assert state is not None and state.round == 2 and older.exists()
-
-
-def test_a_disk_that_cannot_be_written_does_not_make_checkpoints_damaged(
-    tiny_config, simulate_run, monkeypatch
-):
-    config = tiny_config()
-    simulate_run(config)
-    directory = RunDirectory(Path(config.run_dir))
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("server.run_directory.write_atomic", full)
-    with pytest.raises(OSError, match="No space left"):
-        directory.latest()
 
 
 def test_a_run_that_has_begun_does_not_begin_anew_without_its_checkpoints(

@@ -221,16 +221,6 @@ def printed(result, population=1) -> str:
     return capture.get()
 
 
-def test_progress_says_that_institutions_train_at_home(tiny_config) -> None:
-    records = [{"seconds": 1.0, "metrics": {"accuracy": 0.5}, "epsilon_max": 1.0}] * 3
-    said = progress.describe(tiny_config(), records, 12, 39, 60.0, 3, at_home=True)
-    assert said == "models at home: institutions 12/39 (60 s)"
-    assert "at home" not in progress.describe(tiny_config(), records, 12, 39, 60.0, 3)
-    for homes in (True, False):
-        said = progress.describe(tiny_config(), records[:2], 0, 39, 60.0, 2, homes=homes)
-        assert said.endswith("1 s left" + " for the rounds, then models at home" * homes)
-
-
 @pytest.fixture
 def beta(tiny_config):
     """Config, population and an honest answer of Beta."""

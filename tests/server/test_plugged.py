@@ -10,7 +10,6 @@ from server import plugged
 from server.roster import RunFailed
 from strategies import fedavg
 from strategies.base import Round, Strategy
-from tests.samples import updates_of
 
 A, B = "base.q.lora_A.weight", "base.q.lora_B.weight"
 
@@ -31,16 +30,6 @@ def under(monkeypatch):
         return plugged.strategy(FederationConfig(strategy="own:code"))
 
     return make
-
-
-def test_values_that_require_gradients_are_taken_without_them(under):
-    def learned(this_round, updates):
-        mean = fedavg.aggregate(this_round, updates)
-        return {name: t * torch.ones((), requires_grad=True) for name, t in mean.items()}
-
-    made = under(learned).aggregate(ROUND, updates_of([state(2.0), state(4.0)]))
-    assert not any(tensor.requires_grad for tensor in made.values())
-    assert torch.equal(made[A], torch.full((2, 3), 3.0))
 
 
 def test_a_plug_in_that_works_in_place_changes_no_adapter_of_the_round(under):

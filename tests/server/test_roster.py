@@ -10,7 +10,6 @@ from flwr.clientapp import ClientApp
 import fedlora
 from fedlora.config import config
 from fedlora.errors import InputError
-from fedlora.runs import run_files
 from fedlora.runs.run_files import NODES, SIZES
 from fedlora.wire import wire
 from fedlora.wire.messages import Hello, Query
@@ -114,30 +113,6 @@ def test_without_a_sound_file_nobody_takes_part(made, tmp_path, clock, content):
     assert not grid.asked
 
 
-def test_a_node_that_is_not_registered_is_asked_nothing_until_it_is(made, register, caplog):
-    register(a=1)
-    grid = Nodes("a", "b")
-    one = made(grid)
-    assert one.online() == one.online() == {"a": 1}
-    assert grid.asked == [1] and not one.refused
-    assert caplog.text.count("node 2: not-registered") == 1
-    register(a=1, b=2)
-    assert one.online() == {"a": 1, "b": 2}
-
-
-def test_whoever_takes_no_part_is_named_with_the_reason(made, register, tmp_path):
-    register(a=1, b=2, c=3)
-    (tmp_path / SIZES).write_text(json.dumps({"a": 64, "c": 64}))
-    grid = Nodes("a", "b", "x", "d")  # b has no size, the settings of c have another name
-    one = made(grid, **{"federation.weighting": "public-size"})
-    assert one.online() == {"a": 1}
-    assert one.left_out == {2: "no-size", 3: "wrong-name", 4: "not-registered"}
-    register(a=1, b=2, c=3, e=5)
-    assert one.online() == {"a": 1}
-    codes = {"b": "no-size", "c": "wrong-name", "e": "offline"}
-    assert one.absent() == {"a": "offline", **codes}  # a may have gone since
-
-
 def test_who_runs_another_version_takes_no_part(made, register):
     register(a=1)
     grid = Nodes("a")
@@ -146,51 +121,12 @@ def test_who_runs_another_version_takes_no_part(made, register):
     assert one.online() == {} and one.left_out == {1: "version-mismatch"}
 
 
-def test_who_runs_other_code_of_the_version_is_named_once(made, register, caplog):
-    register(a=1, b=2)
-    grid = Nodes("a", "b")
-    grid.codes = {"a": run_files.code(), "b": "f" * 64}
-    one = made(grid)
-    assert one.online() == one.online() == {"a": 1, "b": 2}
-    (said,) = [r.getMessage() for r in caplog.records if "other code" in r.getMessage()]
-    assert "server's: b;" in said
-
-
-def test_a_new_key_takes_the_place_of_the_old_one_in_mid_run(made, register):
-    grid = Nodes("a", "b", "")
-    register(a=1, b=2)
-    one = made(grid)
-    assert one.online() == {"a": 1, "b": 2}
-    register(a=3, b=2)  # the operator has put another a.pub in place
-    grid.names = ["a", "b", "a"]
-    assert one.online() == {"a": 3, "b": 2}
-    assert not one.refused
-
-
 def test_whose_key_is_taken_off_is_out_at_once(made, register):
     register(a=1, b=2)
     one = made(Nodes("a", "b"))
     assert one.online() == {"a": 1, "b": 2}
     register(b=2)
     assert one.online() == {"b": 2}
-
-
-def test_whoever_did_not_take_part_is_asked_again_after_a_while(made, register, clock, caplog):
-    register(a=1, b=2)
-    grid = Nodes("a", "x")  # the settings of b have another name
-    one = made(grid)
-    asked = lambda: len(grid.asked)  # noqa: E731
-    assert one.online() == one.online() == {"a": 1} and asked() == 2
-    for pause in (60.0, 120.0, 240.0):
-        clock.now += pause - 1
-        assert one.online() == {"a": 1}
-        before = asked()
-        clock.now += 1
-        assert one.online() == {"a": 1} and asked() == before + 1
-    assert one.refused == {2: "wrong-name"} and caplog.text.count("wrong-name") == 1
-    grid.names = ["a", "b"]  # mended
-    clock.now += 480.0
-    assert one.online() == {"a": 1, "b": 2} and not one.refused
 
 
 def test_who_leaves_orders_without_an_answer_is_asked_no_more_until_it_answers(
@@ -237,83 +173,13 @@ def test_a_deployment_waits_longer_than_a_minute_only_while_too_few_are_ready(
     assert clock.now == 0.0
 
 
-def test_where_a_setup_needs_all_institutions_a_deployment_waits_for_all(made, register, clock):
-    register(a=1, b=2, c=3)
-    grid = Nodes("a", "b", "")
-    clock.then[300] = lambda: grid.names.__setitem__(2, "c")
-    one = made(grid)
-    one.wait(3, 2, all_needed=True)
-    assert 300 <= clock.now <= 310 and len(one) == 3
-    clock.now, grid.names[2] = 0.0, ""
-    made(grid).wait(3, 2, all_needed=True)  # the setup names who is missing
-    assert 600 <= clock.now <= 602
-
-
-@pytest.mark.parametrize("code", ["ledger-locked", "timed-out"])
-def test_a_refusal_that_may_pass_is_no_reply_while_too_few_are_ready(made, register, clock, code):
-    register(a=1, b=2)
-    grid = Nodes("a", "b")
-    grid.refusing = {"a": code, "b": code}  # during a backup, say
-    clock.then[30] = grid.refusing.clear
-    one = made(grid)
-    one.wait(2, 2)
-    assert clock.now == 60.0 and len(one) == 2  # when they are asked again
-    clock.now, grid.refusing = 0.0, {"b": code}
-    made(grid).wait(2, 1)
-    assert clock.now == 0.0
-
-
-@pytest.mark.parametrize(("code", "after"), [("ledger-locked", 600), ("epsilon-too-large", 0)])
-def test_where_all_refuse_a_run_ends_with_their_reasons(made, register, clock, code, after):
-    register(a=1, b=2)
-    grid = Nodes("a", "b")
-    grid.refusing = {"a": code, "b": code}
-    words = rf"0 institutions are ready and 2 refuse .*\({code} x 2\); a round needs 1 \("
-    with pytest.raises(RunFailed, match=words):
-        made(grid).wait(2, 1)
-    assert after <= clock.now <= after + 2
-
-
-@pytest.mark.parametrize(("names", "after"), [(("a", ""), 60), (("a", "b"), 0)])
-def test_a_simulation_waits_a_minute_at_most(made, clock, names, after):
-    grid = Nodes(*names)
-    grid.refusing = {"a": "ledger-locked", "b": "ledger-locked"}
-    with pytest.raises(RunFailed, match="0 institutions are ready"):
-        made(grid, **SIMULATED).wait(2, 1)
-    assert after <= clock.now <= after + 2
-
-
-def test_a_simulation_needs_no_registration(made):
-    one = made(Nodes("a", "b", "a"), **SIMULATED)
-    assert one.online() == {"a": 1, "b": 2}
-    assert one.refused == {3: "name-taken"}
-
-
-def test_under_secure_aggregation_the_roster_has_each_size_class():
-    values = {
-        "privacy.trust": "secure-aggregation",
-        "privacy.honest": 2,
-        "privacy.colluding": 1,
-        "privacy.delta": 1e-5,
-        "training.sample-rate": 0.2,
-        "federation.weighting": "public-size",
-    }
-    grid = Nodes("a", "b", "c", "d", sizes={"a": 64, "b": 100, "c": 0, "d": 1})
-    query = Query(run="0", first=True, participations=1)
-    one = Roster(grid, config.from_flat(values), query)
-    assert one.online() == {"a": 1, "d": 4}
-    assert one.refused == {2: "invalid-size", 3: "invalid-size"}
-    assert one.sizes() == {"a": 64.0, "d": 1.0}
-
-
 def test_a_claim_beyond_the_operators_bound_ends_no_secure_run(made, register, tmp_path):
     """Delta must be below one in the number of records: 2^40 of them would refuse any run."""
     values = {
         "privacy.trust": "secure-aggregation",
-        "privacy.protocol": "full",
         "privacy.honest": 3,
         "privacy.delta": 1e-5,
-        "training.sample-rate": 0.2,
+        "training.batch-size": 0.2,
         "federation.weighting": "public-size",
     }
     register(a=1, b=2, c=3)

@@ -17,7 +17,6 @@ from fedlora.wire import wire
 from server import aggregation, limits, roster, rounds
 from server.roster import Roster, RunFailed
 from server.rounds import Federation
-from strategies import STRATEGIES
 
 
 @pytest.fixture
@@ -67,16 +66,6 @@ def test_a_run_that_asks_a_part_of_the_institutions_outlives_two_fruitless_round
     assert [record["skipped"] for record in records] == [True] * 3
 
 
-def test_where_all_were_asked_and_none_answered_the_run_ends_with_its_checkpoint(
-    tiny_config, simulate_run, answering
-):
-    answering(_refuse, name="")
-    config = tiny_config()
-    with pytest.raises(RunFailed, match="round 1: no institution sent a valid update"):
-        simulate_run(config)
-    assert list((Path(config.run_dir) / "checkpoints").iterdir())
-
-
 def _line(rejected, updates=0, refused=""):
     aggregation = {"rejected": rejected, **({"refused": refused} if refused else {})}
     return {"round": 4, "asked": 5, "updates": updates, "aggregation": aggregation}
@@ -84,20 +73,6 @@ def _line(rejected, updates=0, refused=""):
 
 def _check(line, idle, *, all_asked=True, last=False):
     limits.check_progress({**line, "all_asked": all_asked}, idle, last=last)
-
-
-@pytest.mark.parametrize("code", ["node-unavailable", "message-lost", "no-answer"])
-def test_the_first_rounds_that_nobody_answered_end_no_run(code):
-    away = _line({"a": code, "b": "node-unavailable"})
-    for idle in range(1, limits.MAX_IDLE_ROUNDS):
-        _check(away, idle)
-    for last in (False, True):
-        with pytest.raises(RunFailed, match="no institution sent a valid update"):
-            _check(away, limits.MAX_IDLE_ROUNDS, last=last)
-    for rejected in ({"a": "node-unavailable", "b": "failed"}, {}):
-        with pytest.raises(RunFailed, match="round 4"):
-            _check(_line(rejected), 1, last=True)
-    _check(_line({"a": "failed"}), 0)
 
 
 @pytest.mark.parametrize("rejected", [{"a": "failed"}, {"a": "node-unavailable"}, {}])
@@ -130,34 +105,6 @@ def test_rounds_with_too_few_valid_updates_end_the_run(tiny_config, simulate_run
     assert [record["updates"] > 0 and record["skipped"] for record in records] == [True] * 3
     with pytest.raises(RunFailed, match="round 4: 4 rounds in a row changed nothing"):
         simulate_run(config)  # a process that goes on has one round, not three
-
-
-def test_rounds_that_change_nothing_do_not_count_once_one_has_changed_something(
-    tiny_config, simulate_run, answering, least
-):
-    least(4)
-
-    def sometimes(update):
-        return update if update.round == 3 else _refuse(update)
-
-    answering(sometimes)
-    config = tiny_config(**{"federation.rounds": 6})
-    simulate_run(config)  # rounds 4 to 6 are idle too, and no further one is charged
-    records = read_records(Path(config.run_dir))
-    assert [record["skipped"] for record in records] == [True, True, False, True, True, True]
-
-
-def test_a_run_that_samples_goes_on_after_rounds_with_too_few_updates(
-    tiny_config, simulate_run, answering, least
-):
-    """The next round asks others."""
-    answering(_refuse)
-    least(3)
-    few = {"federation.institutions-per-round": 3}
-    config = tiny_config(**few, **{"federation.rounds": 8})
-    simulate_run(config)
-    records = read_records(Path(config.run_dir))
-    assert len(records) == 8 and {record["skipped"] for record in records} == {True, False}
 
 
 @pytest.fixture
@@ -211,21 +158,6 @@ def test_a_deployment_waits_for_institutions_that_are_away(waiting, needed, back
         limits.check_online(found, one.least, {})
 
 
-@pytest.mark.parametrize(("back", "waited"), [(1, 0.0), (5, 8.0), (99, 60.0)])
-def test_a_deployment_waits_where_all_that_are_online_had_their_rounds(waiting, back, waited):
-    """Otherwise a run would end as completed while those who have rounds left are away."""
-    one, clock = waiting(("a", "b"), back, **{"federation.institutions-per-round": 2})
-    one.participations, one.state.asked = 4, {"a": 4, "b": 4, "c": 1, "d": 1}
-    assert len(one.sample(one.awaited())) == (0 if back == 99 else 2)
-    assert clock.now == waited
-
-
-def test_a_deployment_whose_institutions_all_had_their_rounds_does_not_wait(waiting):
-    one, clock = waiting((), 1)
-    one.state.asked = dict.fromkeys("abcde", one.participations)
-    assert one.sample(one.awaited()) == [] and clock.now == 0.0
-
-
 def test_a_round_whose_updates_could_not_count_asks_nobody(
     tiny_config, simulate_run, monkeypatch, caplog, least
 ):
@@ -244,14 +176,6 @@ def test_a_round_whose_updates_could_not_count_asks_nobody(
     asked = [record["asked"] for record in read_records(Path(config.run_dir))]
     assert asked == [2] * 4
     assert "the run ends after round 4" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rule", "needed"), [("multi-krum:0.4", 7), ("multi-krum", 3), ("median", 1)]
-)
-def test_a_robust_rule_needs_as_many_institutions_as_it_can_use(tiny_config, rule, needed):
-    config = tiny_config(**{"federation.robust": rule, "federation.weighting": "uniform"})
-    assert aggregation.choose(config, 9, 3, STRATEGIES["fedavg"], None).least_asked == needed
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from server.exchange import TIMEOUT, WORKER_DIED
-from simulation.engines.ray import RayGrid, WorkerSpec, started
+from simulation.engines.ray import RayGrid, started
 from tests.simulation.rounds_of_nothing import EMPTY, one_round, right
 from tests.simulation.workers import worker_pids
 
@@ -19,7 +19,7 @@ from tests.simulation.workers import worker_pids
 def test_one_bad_institution_never_spoils_a_round(fault, code):
     with (
         started("", 2),
-        RayGrid(EMPTY, 8, {"fault": fault}, workers=WorkerSpec(count=2, threads=1)) as grid,
+        RayGrid(EMPTY, 8, {"fault": fault}, threads=1) as grid,
     ):
         for _ in range(2):
             replies = one_round(grid, ttl=5.0)
@@ -32,7 +32,7 @@ def test_one_bad_institution_never_spoils_a_round(fault, code):
 def test_one_bad_institution_never_spoils_those_that_share_its_call(fault, code):
     with (
         started("", 2),
-        RayGrid(EMPTY, 8, {"fault": fault}, workers=WorkerSpec(count=2, threads=1)) as grid,
+        RayGrid(EMPTY, 8, {"fault": fault}, threads=1) as grid,
     ):
         assert all(right(r) for r in one_round(grid, ttl=10.0).values())
         replies = one_round(grid, ttl=10.0)  # now four institutions a call
@@ -67,7 +67,7 @@ def test_a_cluster_of_two_nodes_serves_one_run():
         cluster.add_node(num_cpus=1)
         with (
             started(cluster.address, 2),
-            RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid,
+            RayGrid(EMPTY, 6, {}, threads=1) as grid,
         ):
             assert all(right(r) for r in one_round(grid).values())
             assert len(set(worker_pids(grid))) == 2
@@ -84,7 +84,7 @@ def test_a_lost_machine_costs_no_institution():
         lost = cluster.add_node(num_cpus=1)
         with (
             started(cluster.address, 2),
-            RayGrid(EMPTY, 6, {}, workers=WorkerSpec(count=2, threads=1)) as grid,
+            RayGrid(EMPTY, 6, {}, threads=1) as grid,
         ):
             assert all(right(r) for r in one_round(grid).values())
             cluster.remove_node(lost, allow_graceful=False)

@@ -7,8 +7,6 @@ import pytest
 
 from fedlora import processors
 from fedlora.errors import InputError
-from fedlora.models import models, trainable
-from fedlora.privacy.budget import plan_run
 from simulation import run
 from simulation.place import placed
 
@@ -31,7 +29,6 @@ def test_paths_of_a_run_begin_at_the_home_directory_and_not_where_it_starts(
     (tmp_path / "earlier").mkdir()
     (tmp_path / "rows.csv").write_text("text,label\na,b\n")
     names = {
-        "privacy.ledger": "ledgers",
         "adapter.start": "earlier",
         "data.source": "banks/*.csv",
         "data.test-source": "rows.csv",
@@ -43,26 +40,7 @@ def test_paths_of_a_run_begin_at_the_home_directory_and_not_where_it_starts(
         key: str(tmp_path / name) for key, name in names.items()
     }
     with pytest.raises(InputError, match="'~no-such-user/x' begins with the home directory"):
-        placed(tiny_config(**{"privacy.ledger": "~no-such-user/x"}), tmp_path / "out")
-
-
-def test_a_run_in_one_process_loads_the_model_once_with_any_torch_threads(
-    tiny_config, simulate_run, monkeypatch, tmp_path
-):
-    loads: list[str] = []
-    inner = models.load_base
-    monkeypatch.setattr(
-        models, "load_base", lambda name, **more: loads.append(name) or inner(name, **more)
-    )
-    for threads in (1, 2):
-        trainable.forget()
-        loads.clear()
-        with processors.threads(threads):
-            simulate_run(
-                tiny_config(**{"run-dir": str(tmp_path / f"{threads}"), "federation.rounds": 1})
-            )
-        assert len(loads) == 1
-    trainable.forget()
+        placed(tiny_config(**{"data.source": "~no-such-user/x"}), tmp_path / "out")
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_the_engine_inline(tiny_config, monkeypatch):
@@ -91,17 +69,6 @@ def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address):
             pass
 
 
-def test_a_port_that_there_cannot_be_is_refused_though_its_rest_modulo_65536_answers(tiny_config):
-    with socket.create_server(("127.0.0.1", 0)) as open_:
-        address = f"localhost:{open_.getsockname()[1] + 65536}"
-        config = tiny_config(**{"engine.ray-address": address})
-        with (
-            pytest.raises(InputError, match=f"is {address}; its port must be from 1 to 65535"),
-            run.load("ray", config),
-        ):
-            pass
-
-
 @pytest.mark.parametrize("kind", ["inline", "ray"])
 def test_more_threads_than_processors_are_refused_before_anything_is_read(
     tiny_config, monkeypatch, kind
@@ -113,31 +80,3 @@ def test_more_threads_than_processors_are_refused_before_anything_is_read(
         run.load(kind, config),
     ):
         pass
-
-
-def test_an_address_that_answers_is_accepted(tiny_config):
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as open_:
-        run._reach(f"[::1]:{open_.getsockname()[1]}")
-    run._reach("auto")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"privacy.epsilon": 8.0, "training.sample-rate": 0.5},
-        {"privacy.epsilon": 8.0, "training.sample-rate": 0.0, "training.batch-size": 16},
-        {"privacy.epsilon": float("inf"), "training.sample-rate": 0.25},
-        {"privacy.epsilon": float("inf"), "training.sample-rate": 0.0, "training.batch-size": 10},
-    ],
-)
-def test_an_institutions_cost_is_what_a_step_of_it_takes_in_tokens(tiny_config, values):
-    config = tiny_config(**values)
-    records = run.prepare(config)
-    for index, cost in enumerate(run._costs(config, records)):
-        shard = records.train(index)
-        if config.privacy.enabled:
-            rows = plan_run(config, shard.num_units, 1).sample_rate * len(shard)
-        else:
-            rate = config.training.sample_rate
-            rows = rate * len(shard) if rate else min(config.training.batch_size, len(shard))
-        assert cost == pytest.approx(rows * shard.lengths.mean())

@@ -64,11 +64,11 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_name_is_imported_from_the_working_directory_and_described_with_the_hash_of_its_file(own):
-    found = plugins.load("federation.metrics", "own_code:Deep.metric")
+    found = plugins.load("tracking.callbacks", "own_code:Deep.metric")
     assert found(None) == 1.0
-    assert plugins.describe([("federation.metrics", "own_code:Deep.metric")]) == [
+    assert plugins.describe([("tracking.callbacks", "own_code:Deep.metric")]) == [
         {
-            "key": "federation.metrics",
+            "key": "tracking.callbacks",
             "object": "own_code:Deep.metric",
             "sha256": hashlib.sha256(own.read_bytes()).hexdigest(),
         }
@@ -76,7 +76,7 @@ def test_a_name_is_imported_from_the_working_directory_and_described_with_the_ha
 
 
 def test_the_hash_is_of_the_code_that_this_process_runs(own):
-    named = [("federation.metrics", "own_code:Deep.metric")]
+    named = [("tracking.callbacks", "own_code:Deep.metric")]
     before = hashlib.sha256(own.read_bytes()).hexdigest()
     plugins.load(*named[0])
     own.write_text(MODULE.replace("return 1.0", "return 2.0"))
@@ -91,9 +91,9 @@ def test_the_hash_is_of_the_code_that_this_process_runs(own):
 @pytest.mark.parametrize(
     ("key", "name", "words"),
     [
-        ("federation.metrics", "no_such_module:x", "no_such_module cannot be imported"),
-        ("federation.metrics", "own_code:Deep.metrik", "has no Deep.metrik"),
-        ("federation.metrics", "own_code:number", "is a int and cannot be called"),
+        ("tracking.callbacks", "no_such_module:x", "no_such_module cannot be imported"),
+        ("tracking.callbacks", "own_code:Deep.metrik", "has no Deep.metrik"),
+        ("tracking.callbacks", "own_code:number", "is a int and cannot be called"),
         ("federation.strategy", "own_code:table", "2 arguments (this_round, updates)"),
         ("data.source", "own_code:by_length", "0 arguments (nothing)"),
     ],
@@ -109,14 +109,14 @@ def test_an_object_is_found_in_this_process_under_its_own_name():
         return 2.0
 
     try:
-        name = plugins.give("federation.metrics", local)
+        name = plugins.give("tracking.callbacks", local)
         assert name.endswith("<locals>.local")
-        assert plugins.load("federation.metrics", name) is local
+        assert plugins.load("tracking.callbacks", name) is local
         with pytest.raises(InputError, match="is 3; give a function"):
-            plugins.give("federation.metrics", 3)
+            plugins.give("tracking.callbacks", 3)
         plugins.give("tracking.callbacks", lambda record: None)
         with pytest.raises(InputError, match="rename one of them"):
-            plugins.give("federation.metrics", lambda record: None)
+            plugins.give("tracking.callbacks", lambda record: None)
     finally:
         plugins.forget()
 
@@ -135,8 +135,6 @@ def test_an_object_is_found_in_this_process_under_its_own_name():
             },
             "privacy.institution-epsilon",
         ),
-        ({"federation.metrics": ["a:b"], "federation.strategy": "fedsa"}, "a model of its own"),
-        ({"federation.metrics": ["a:b"], "model.task": "sft"}, "a response has not"),
     ],
 )
 def test_a_plug_in_that_would_not_be_called_is_refused(values, words):

@@ -49,7 +49,7 @@ def config(**values):
     base = {
         "data.source": "x.csv",
         "data.min-records": 1,
-        "training.sample-rate": 0.25,
+        "training.batch-size": 0.25,
         "federation.rounds": 10,
     }
     return from_flat(base | values)
@@ -117,11 +117,9 @@ def test_a_void_run_is_refused_until_each_of_its_findings_is_accepted() -> None:
     records = federation([1, 100])
     run = config(**{"privacy.epsilon": 0.01})
     void = findings.findings(run, records, 10)
-    with pytest.raises(
-        InputError, match=r"all the same, add --accept delta --accept noise \(in Python accept="
-    ):
+    with pytest.raises(InputError, match=r"to run all the same, add --set accept=delta,noise"):
         findings.refuse(run, void)
-    with pytest.raises(InputError, match=r"to run all the same, add --accept noise \("):
+    with pytest.raises(InputError, match=r"to run all the same, add --set accept=noise \("):
         findings.refuse(run.replace({"accept": "delta"}), void)
     findings.refuse(run.replace({"accept": "delta,noise"}), void)
 

@@ -109,7 +109,7 @@ def finished(directory, **values):
             "data.partition": "iid",
             "data.institutions": 2,
             "training.local-steps": 1,
-            "training.sample-rate": 0.5,
+            "training.batch-size": 0.5,
             "federation.rounds": 6,
             "privacy.epsilon": float("inf"),
             "home.method": "none",
