@@ -198,7 +198,7 @@ def test_pickle_weights_are_refused(config_file, tmp_path, tiny_encoder):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_encoder / name).read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"anything")
-    refused("run", config_file(), "--set", f"model.name={folder}", "--quiet", words=["pickles"])
+    refused("run", config_file(), "--set", f"model.name={folder}", words=["pickles"])
 
 
 def test_a_failure_midway_exits_1_keeps_the_checkpoint_and_says_how_to_resume(

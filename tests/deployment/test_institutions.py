@@ -228,7 +228,7 @@ def test_noise_that_drowns_everything_is_refused_before_a_charge_where_all_sizes
     (rows / SIZES).write_text(json.dumps(dict.fromkeys(BANKS[:known], 64)))
     config = deployed(**{"privacy.epsilon": 0.05, "federation.rounds": 1, "accept": accept})
     if known == 4 and not accept:
-        message = r'nothing can be learned at privacy.epsilon 0.05.*add accept = \["noise"\] to the'
+        message = r'nothing can be learned at privacy.epsilon 0.05.*add --set accept=noise'
         with pytest.raises(InputError, match=message):
             _run(config, files)
     else:
