@@ -32,16 +32,27 @@ def exchange(
     *,
     enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Message | None]]:
-    """Send messages and yield each node's reply as it arrives; None for a node without a reply.
+    """Send messages and yield each node's reply as it arrives, as `send` and `receive` do."""
+    yield from receive(grid, send(grid, messages), timeout, enough=enough)
+
+
+def receive(
+    grid: Grid,
+    waiting: dict[str, Message],
+    timeout: float,
+    *,
+    enough: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, Message | None]]:
+    """Yield each node's reply as it arrives; None for a node without a reply.
 
     A Grid ends a message that outlives its time to live. If a Grid fails to do so, the wait ends
     when no reply has arrived for ``timeout`` seconds.
 
-    Memory: nothing of the messages is held once they are sent, and no reply once it is yielded.
+    Memory: no reply is held once it is yielded.
 
     Args:
         grid: Any Flower Grid.
-        messages: At most one for each node; the list is empty afterwards.
+        waiting: What `send` returned, at most one message for each node; it is empty afterwards.
         timeout: Seconds without any reply.
         enough: Whether the replies so far suffice; the others then have `GRACE` to arrive.
 
@@ -49,7 +60,6 @@ def exchange(
         Node id and its reply; an error with the code `MALFORMED_REPLY` replaces a reply that the
         Grid cannot read.
     """
-    waiting = _push(grid, messages)
     deadline, pause = time.monotonic() + timeout, 0.001
     while waiting and time.monotonic() < deadline:
         asked, received = time.monotonic(), False
@@ -68,11 +78,11 @@ def exchange(
         elif time.monotonic() - asked < pause:  # a grid that waits by itself needs no pause
             time.sleep(pause)
             pause = min(pause * 2, MAX_PAUSE)
-    for order in waiting.values():
-        yield order.metadata.dst_node_id, None
+    while waiting:
+        yield waiting.popitem()[1].metadata.dst_node_id, None
 
 
-def _push(grid: Grid, messages: list[Message]) -> dict[str, Message]:
+def send(grid: Grid, messages: list[Message]) -> dict[str, Message]:
     """Push messages and empty their list; repeat a push that a restarting SuperLink has forgotten.
 
     A node that gets an order twice answers both with one update, since its ledger has the order.

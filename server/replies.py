@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import Refusal
 from fedlora.wire import wire
 from fedlora.wire.messages import ClientUpdate
-from server.exchange import MALFORMED_REPLY, TIMEOUT, WORKER_DIED, exchange
+from server.exchange import MALFORMED_REPLY, TIMEOUT, WORKER_DIED, receive
 from server.spending import Spending
 from strategies import base
 from strategies.base import Round, Weighted
@@ -48,7 +48,7 @@ class Replies:
 
     Args:
         grid: The Grid that reaches the institutions.
-        orders: One message for each institution; the list is empty once they are sent.
+        orders: What `exchange.send` returned for the round's orders.
         names: Node -> institution.
         this_round: The round that the replies must fit.
         report: The figures that the orders ask for.
@@ -68,7 +68,7 @@ class Replies:
     def __init__(
         self,
         grid: Grid,
-        orders: list[Message],
+        orders: dict[str, Message],
         names: Mapping[int, str],
         this_round: Round,
         *,
@@ -87,7 +87,7 @@ class Replies:
         self.reported: dict[str, dict[str, float]] = {}
 
     def __iter__(self) -> Iterator[Weighted]:
-        for node, reply in exchange(self._grid, self._orders, self._timeout):
+        for node, reply in receive(self._grid, self._orders, self._timeout):
             name = self._names[node]
             try:
                 update = self._accepted(name, reply)

@@ -204,6 +204,10 @@ class SecureSession:
             for name in nodes.values()
         }
 
+    def is_collected(self, number: int) -> bool:
+        """Whether an earlier process has the sum of the round of the last `masked_orders`."""
+        return self._read_collected(number) is not None
+
     def total(self, this_round: Round, replies: Replies) -> tuple[Int64, Collection[float]]:
         """Collect a round's vectors, agree on the list of survivors, and unmask their sum.
 

@@ -5,7 +5,10 @@ private one reveals of these records must be in a ledger: in a deployment each i
 for all runs. A simulation has ledgers of its own, so that no private start is allowed there.
 """
 
+import hashlib
 import json
+import logging
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +16,10 @@ from typing import Any, cast
 
 import torch
 
+from fedlora.config import plugins
 from fedlora.config.config import INSTITUTIONS, RunConfig, from_flat, load
 from fedlora.config.sections import RESIDUAL_RANK
-from fedlora.data import sources, tables
+from fedlora.data import records, sources, tables
 from fedlora.errors import InputError
 from fedlora.files import expanded, sha256
 from fedlora.gradients.lora_layers import Scale
@@ -36,7 +40,10 @@ from fedlora.runs.run_files import (
 )
 from fedlora.wire import released
 from fedlora.wire.released import ReleaseFiles
+from server.run_directory import OTHER, RunState
 from strategies.lowrank import carried, recompressed
+
+log = logging.getLogger("fedlora.server")
 
 
 def start_adapter(config: RunConfig, work: Trainable) -> AdapterState:
@@ -103,6 +110,46 @@ def _opened(config: RunConfig, work: Trainable, folder: Path) -> AdapterState:
             f"{' with rsLoRA' * scale.rslora}; set adapter.alpha and adapter.method to its own"
         )
     return loaded
+
+
+def state(
+    config: RunConfig, work: Trainable, fingerprint: str, stored: RunState | None
+) -> RunState:
+    """The state from which a run goes on: its checkpoint, or that before round 1.
+
+    Args:
+        config: The run.
+        work: Its model.
+        fingerprint: That of its records, which must not change before a run is resumed.
+        stored: Its checkpoint; None where it begins.
+
+    Raises:
+        InputError: If the checkpoint is of other records, base weights, tokens or strategy, or as
+            `start_adapter`.
+    """
+    found = f"{work.base.digest}\n{fingerprint}\n{records.encoding(config)}"
+    if name := config.federation.own_code:
+        found += f"\n{json.dumps(plugins.describe([('federation.strategy', name)]))}"
+    inputs = hashlib.sha256(found.encode()).hexdigest()
+    if stored is None:
+        adapter = start_adapter(config, work)
+        head, dtype = head_start(config, work, adapter), work.base.dtype_name
+        return RunState.first(uuid.uuid4().hex, inputs, adapter, dtype=dtype, head=head)
+    if stored.inputs != inputs:
+        raise InputError(
+            f"{config.run_dir} was run on other records, base weights or another tokenizer than "
+            "data.source and model.name hold now, or with another federation.strategy; restore "
+            f"them, or start anew with {OTHER}"
+        )
+    if stored.dtype != work.base.dtype_name:
+        log.warning(
+            "the run was begun with the base model in %s, and here model.dtype %s is %s; its "
+            "further rounds follow from other roundings",
+            stored.dtype,
+            config.model.dtype,
+            work.base.dtype_name,
+        )
+    return stored
 
 
 def head_start(config: RunConfig, work: Trainable, start: AdapterState) -> str:

@@ -18,7 +18,7 @@ from fedlora.privacy.budget import plan_run
 from fedlora.runs.run_files import SIZES, read_records
 from fedlora.wire import wire
 from fedlora.wire.released import ReleaseFiles
-from server import aggregation, roster, rounds
+from server import aggregation, finish, roster
 from server.roster import RunFailed
 from server.rounds import Federation
 from simulation.engines.grid import run_server
@@ -73,7 +73,7 @@ def test_every_institution_that_is_online_at_the_end_has_the_released_adapter(
     deployed, institutions, rows, monkeypatch
 ):
     behind = [{"run": "before", "source": "pilot.csv", "private": False}]
-    monkeypatch.setattr(rounds, "origins", lambda config: behind)
+    monkeypatch.setattr(finish, "origins", lambda config: behind)
     config = deployed()
     files = institutions()
     result = _run(config, files)
@@ -228,7 +228,7 @@ def test_noise_that_drowns_everything_is_refused_before_a_charge_where_all_sizes
     (rows / SIZES).write_text(json.dumps(dict.fromkeys(BANKS[:known], 64)))
     config = deployed(**{"privacy.epsilon": 0.05, "federation.rounds": 1, "accept": accept})
     if known == 4 and not accept:
-        message = r'nothing can be learned at privacy.epsilon 0.05.*add --set accept=noise'
+        message = r"nothing can be learned at privacy.epsilon 0.05.*add --set accept=noise"
         with pytest.raises(InputError, match=message):
             _run(config, files)
     else:

@@ -33,6 +33,7 @@ from fedlora.wire import wire
 from fedlora.wire.messages import ClientUpdate
 from server import limits
 from server.aggregation import Mean
+from server.exchange import send
 from server.replies import Replies
 from strategies import fedavg
 from strategies.base import Round
@@ -134,7 +135,9 @@ def main(folder, updates, streams, layers=LAYERS):
     if streams:
         flower_internals.stream_replies(limits.most_reply_bytes(order.adapter), 60.0)
     this_round = Round(number=1, asked=updates, before=order.adapter, run="a1")
-    replies = Replies(grid, messages, names, this_round, report=(), spending=None, timeout=60.0)
+    replies = Replies(
+        grid, send(grid, messages), names, this_round, report=(), spending=None, timeout=60.0
+    )
     size = order.adapter.num_bytes
     del message, content, order
     result = Mean(fedavg.STRATEGY).aggregate(this_round, replies).adapter

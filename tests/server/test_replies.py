@@ -21,7 +21,7 @@ from fedlora.privacy.budget import plan_run
 from fedlora.runs.run_files import read_records
 from fedlora.wire import wire
 from fedlora.wire.messages import ClientUpdate, Query
-from server.exchange import exchange
+from server.exchange import exchange, send
 from server.replies import Replies
 from server.spending import Spending
 from simulation.engines.inline import InlineGrid
@@ -81,7 +81,9 @@ def _answered(*contents, report=(), spending=SPENDING, round=ROUND):
         for node in range(1, len(contents) + 1)
     ]
     names = {1: "bank"} | {node: f"bank-{node}" for node in range(2, len(contents) + 1)}
-    replies = Replies(grid, orders, names, round, report=report, spending=spending, timeout=5.0)
+    replies = Replies(
+        grid, send(grid, orders), names, round, report=report, spending=spending, timeout=5.0
+    )
     return replies, [update.institution for update, _ in replies]
 
 
