@@ -62,11 +62,11 @@ def test_a_server_of_another_version_is_refused_whatever_else_it_sends(
         raise AssertionError("the configuration was read first")
 
     monkeypatch.setattr(app, "_institution", read)
-    about = {"version": "0.3.0", "a-new-field": 1}
+    about = {"version": "0.0.9", "a-new-field": 1}
     content = RecordDict({record: ConfigRecord(about), "a-new-record": ArrayRecord()})
     reply = _ask(tiny_config(), content, kind, simulation=True)
     assert _code(reply) == "version-mismatch"
-    assert "0.3.0" in caplog.text and fedlora.__version__ in caplog.text
+    assert "0.0.9" in caplog.text and fedlora.__version__ in caplog.text
     del content[record]["version"]  # as of a server before versions were stated
     assert _code(_ask(tiny_config(), content, kind, simulation=True)) == "version-mismatch"
 

@@ -278,23 +278,6 @@ def test_a_begun_cell_of_other_code_starts_anew(tmp_path):
     assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["new", "none"]
 
 
-def test_of_two_sweeps_that_start_at_once_in_one_directory_the_second_is_refused(
-    sweep_file, tmp_path, monkeypatch
-):
-    path, out = sweep_file('arms = ["federated"]\n[grid]\nseed = [1]'), tmp_path / "out"
-
-    def meanwhile(*_):  # the other has come first while records were split
-        out.mkdir()
-        (out / cells.LOCK).touch()
-        (out / results.MANIFEST).write_text("{}")
-        return cells.secrets.token_hex(32)
-
-    monkeypatch.setattr(cells, "_key", meanwhile)
-    result = invoke("sweep", path, "--out", out)
-    assert result.exit_code == 2 and "holds a sweep" in result.stderr
-    assert (out / results.MANIFEST).read_text() == "{}"
-
-
 @pytest.mark.slow
 def test_a_failed_cell_is_reported_and_the_rest_goes_on(sweep_file, tmp_path):
     text = 'arms = ["federated"]\n[grid]\nadapter.target-modules = [["query"], ["nope"]]'

@@ -55,7 +55,7 @@ def test_a_run_on_a_frame_is_the_run_on_its_file(small, complaints, tmp_path):
     texts = ["stolen phishing scam", "mortgage lender"]
     said = one.predict(texts)
     assert [answer["text"] for answer in said] == texts
-    tokenizer = transformers.AutoTokenizer.from_pretrained(one.adapter)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(one.adapter, trust_remote_code=False)
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     scores = one.model()(**inputs).logits.softmax(-1)
