@@ -23,7 +23,6 @@ from fedlora.errors import Refusal
 from fedlora.secure import masks, secure_aggregation
 from fedlora.secure.secure_aggregation import (
     KEY_BYTES,
-    WORD_BYTES,
     KeysMessage,
     ListMessage,
     ListOrder,
@@ -143,16 +142,10 @@ class SecureParty:
                 ``secure-round-range``, ``secure-round-past``, ``secure-round-other-order``.
         """
         with secure_store.opened(self._path) as db:
-            terms, _, _ = self._begin(db, order)
+            self._begin(db, order)
             words = self._round(db, order.run, order.round).masked
         if words is None:
             return None
-        if len(words) != terms.parameters * WORD_BYTES:
-            raise Refusal(
-                "secure-round-past",
-                f"an earlier version of fedlora masked round {order.round} of run {order.run} and "
-                "kept no vector to send again; begin a new run",
-            )
         return MaskedMessage(name=self._name, round=order.round, words=words)
 
     def _begin(

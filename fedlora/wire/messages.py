@@ -199,11 +199,8 @@ class PrivacySpent:
 
     @classmethod
     def stored(cls, said: Mapping[str, Any]) -> "PrivacySpent":
-        """A record from a file; those of older versions have no ``ledger_epsilon_alone``."""
-        values: dict[str, Any] = dict(said)
-        alone = values.get("ledger_epsilon_alone", values["ledger_epsilon"])
-        values["ledger_epsilon_alone"] = float(alone)  # a file may say "inf"
-        return cls(**values)
+        """A record from a file, in which an infinite number may be a text."""
+        return cls(**{**said, "ledger_epsilon_alone": float(said["ledger_epsilon_alone"])})
 
 
 @dataclass(frozen=True, kw_only=True)

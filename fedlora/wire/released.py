@@ -16,7 +16,7 @@ from fedlora.files import write_atomic
 from fedlora.models.adapters import AdapterState, open_for
 from fedlora.models.model_files import Origin, origins_of
 from fedlora.models.trainable import Trainable
-from fedlora.runs.run_files import RUN_NAME, UNKNOWN, finite
+from fedlora.runs.run_files import RUN_NAME, finite
 from fedlora.wire.messages import Release
 
 FILE = "release.json"
@@ -53,21 +53,13 @@ class ReleaseFiles:
         """
         try:
             content: Any = json.loads((directory / FILE).read_text(encoding="utf-8"))
-            if "origins" not in content:  # of an earlier version: nobody knows
-                content["origins"] = [{"run": UNKNOWN, "source": directory.name, "private": False}]
             content["origins"] = origins_of(content["origins"])
             made = cls(directory=directory, **content)
-            texts = (content["run"], content["base"], content["name"])
-            if not (
-                all(type(text) is str for text in texts)
-                and made.run.isascii()
-                and made.run.isalnum()
-                and RUN_NAME.fullmatch(made.name)
-                and type(made.round) is int
-                and type(made.config) is dict
-            ):
-                raise ValueError("a field has a wrong type")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            if not (made.run.isascii() and made.run.isalnum() and RUN_NAME.fullmatch(made.name)):
+                raise ValueError("the run has no name")
+            if type(made.base) is not str or type(content["config"]) is not dict:
+                raise TypeError("a field has a wrong type")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{directory / FILE} cannot be read ({type(error).__name__}); give the directory "
                 "adapter/ of a finished run's results, as the operator hands it out"
@@ -99,19 +91,7 @@ class ReleaseFiles:
 
 
 def describe(directory: Path, release: Release, config: Mapping[str, Scalar]) -> None:
-    """Write ``release.json`` beside an adapter.
-
-    Args:
-        directory: The directory of the adapter's own files.
-        release: The adapter and its run.
-        config: The run's configuration, flat.
-    """
-    about = {
-        "run": release.run,
-        "name": release.name,
-        "round": release.round,
-        "base": release.base,
-        "config": finite(config),
-        "origins": list(release.origins),
-    }
+    """Write ``release.json`` beside an adapter, with the run's configuration, flat."""
+    about = {field: getattr(release, field) for field in ("run", "name", "round", "base")}
+    about |= {"config": finite(config), "origins": list(release.origins)}
     write_atomic(directory / FILE, (json.dumps(about, indent=2) + "\n").encode())

@@ -552,7 +552,7 @@ def update_from_bytes(blob: bytes) -> ClientUpdate:
     size = int.from_bytes(blob[:8], "little")
     fields = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"][_UPDATE])
     if fields["privacy"] is not None:
-        fields["privacy"] = PrivacySpent.stored(fields["privacy"])
+        fields["privacy"] = PrivacySpent(**fields["privacy"])
     import safetensors.torch
 
     tensors = safetensors.torch.load(blob)

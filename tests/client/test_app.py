@@ -203,18 +203,6 @@ def test_different_orders_in_one_call_are_each_followed(ask_banks):
     assert all(_same(one, other) for one, other in zip(alone, both, strict=True))
 
 
-def test_the_same_order_twice_in_one_call_gets_the_same_answer(ask_banks):
-    first, other, again = ask_banks("run", [(0, {}), (1, {}), (0, {})], together=True)
-    assert _same(first, again) and not _same(first, other)
-
-
-def test_one_refusal_in_a_call_is_one_refusal(ask_banks):
-    replies = ask_banks("run", [(0, {}), (1, {"base": "0" * 64}), (2, {})], together=True)
-    assert _code_of(replies[1]) == "base-mismatch"
-    alone = ask_banks("alone", [(0, {}), (2, {})], together=False)
-    assert _same(replies[0], alone[0]) and _same(replies[2], alone[1])
-
-
 def test_when_training_together_fails_each_trains_alone_and_is_charged_once(
     ask_banks, monkeypatch, tmp_path
 ):

@@ -115,13 +115,6 @@ def test_trials_train_on_no_record_that_is_held_back_and_the_models_on_all(banks
     assert all(some.isdisjoint(held) for held in measured)
 
 
-def test_models_are_the_same_when_they_are_made_again_and_differ_between_institutions(banks):
-    institutions, order, work, _ = banks()
-    one, again, other = (train(institutions[i], order, work) for i in (0, 0, 1))
-    assert same(one.alone, again.alone) and same(one.own, again.own)
-    assert not same(one.alone, other.alone)
-
-
 def test_the_own_adapter_opens_with_peft_and_predicts_what_was_reported(banks):
     institutions, order, work, config = banks()
     one = institutions[0]

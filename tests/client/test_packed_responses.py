@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import families
 from client import passes, training
@@ -115,33 +114,6 @@ def test_a_packed_responses_gradient_is_its_own(model, values):
                 assert torch.equal(gradient, together[row])
                 assert gradient.norm() > 0
     trainable.forget()
-
-
-class _Rows(TorchDispatchMode):
-    """The numbers of rows of products with the base."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.found.add(args[-2].shape[0])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [LlamaConfig(**SIZE), BertConfig(**SIZE, is_decoder=True)],
-    ids=["llama", "bert, a layer before the vocabulary's"],
-)
-def test_products_with_the_base_have_few_sizes_whatever_is_drawn(config, tmp_path):
-    work = load(saved(tmp_path, config))
-    shard = rows(work)
-    for drawn in ([0], [3], [1, 2], list(range(len(shard)))):
-        with _Rows() as seen:
-            gradients(work, shard, drawn, 8)
-        assert seen.found == {PART, passes.packed_tokens(work, 8)}
 
 
 def test_an_example_whose_logits_see_another_makes_responses_padded(model):

@@ -82,10 +82,8 @@ def test_a_message_that_is_cut_or_another_one_is_refused(cut):
         (data[:cut], MaskedOrder),
         (data + b"\0", MaskedOrder),
         (data, ListOrder),
-        (
-            data.replace(b"b" + (32).to_bytes(8, "little"), b"s" + (32).to_bytes(8, "little")),
-            MaskedOrder,
-        ),
+        (data.replace(b"\xc4\x20", b"\xd9\x20"), MaskedOrder),  # a text in place of bytes
+        (data.replace(b"\xc4\x20", b"\xc5\x00\x20"), MaskedOrder),  # a longer encoding
     ):
         with refused("secure-malformed"):
             kind.from_bytes(wrong)

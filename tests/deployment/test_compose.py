@@ -21,12 +21,6 @@ def service(file, request):
     return file["services"][request.param]
 
 
-def test_these_are_the_services_and_every_network_is_somebodys(file):
-    assert tuple(file["services"]) == SERVICES
-    used = {network for service in file["services"].values() for network in service["networks"]}
-    assert used == set(file["networks"])
-
-
 def test_a_service_is_not_root_and_can_change_nothing_but_its_volumes(service):
     assert service["user"] == VALUES["FEDLORA_USER"]
     assert service["read_only"] is True

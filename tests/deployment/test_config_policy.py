@@ -7,11 +7,10 @@ import math
 import pytest
 
 from client import config_policy
-from client.config_policy import LIMITS, OWN, TAKEN
+from client.config_policy import OWN, TAKEN
 from client.settings import Settings
 from fedlora.config.config import RunConfig
 from fedlora.config.sections import INSTITUTIONS, MAX_LIST_TEXT
-from fedlora.config.settings_schema import kebab
 from fedlora.errors import InputError, Refusal
 
 LABELS = ("card", "fraud", "loan")
@@ -136,9 +135,3 @@ def test_a_list_has_at_most_the_characters_that_an_institution_reads():
     assert config_policy.apply(own, asked).data.labels == labels
     with pytest.raises(InputError, match=f"at most {MAX_LIST_TEXT}"):
         config_policy.apply(own, asked | {"data.labels": json.dumps([*labels[1:], "x" * 13])})
-
-
-def test_each_limit_names_a_setting_or_none():
-    names = {kebab(field.name) for field in dataclasses.fields(Settings)}
-    assert {setting for _, _, setting in LIMITS} <= {"", *names}
-    assert {key for key, _, _ in LIMITS} <= TAKEN

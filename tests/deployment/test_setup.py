@@ -89,24 +89,6 @@ def test_its_settings_and_its_example_run_are_valid(made):
     assert run.data.labels == own.labels
 
 
-@pytest.mark.parametrize(
-    ("names", "host", "port", "words"),
-    [
-        (["a/b"], "h", 1, "'a/b'"),
-        (["a", "a"], "h", 1, "twice"),
-        ([".."], "h", 1, "begin with"),
-        (["a"], "a b", 1, "--host"),
-        (["a"], "fed.example.org:8443", 1, "without a port"),
-        (["a"], "10.0.0.1:8443", 1, "without a port"),
-        (["a"], "h", 0, "--port is 0"),
-    ],
-)
-def test_bad_input_leaves_nothing(tmp_path, names, host, port, words):
-    with pytest.raises(InputError, match=words):
-        setup.make(tmp_path / "d", names, host=host, port=port)
-    assert not list(tmp_path.iterdir())
-
-
 def test_each_institution_of_a_rehearsal_has_the_others_keys_also_of_one_that_is_added(made):
     setup.make(made, ["c"], host="", port=8443)
     keys_of = {

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shlex
 import shutil
 import subprocess
 
@@ -10,8 +9,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     PublicFormat,
 )
 
@@ -85,29 +82,6 @@ def test_a_private_key_that_cannot_be_used_is_refused(tmp_path, content):
         peers.read_private(tmp_path / "none.key")
 
 
-def test_a_private_key_with_a_passphrase_is_refused_with_the_command_that_removes_it(tmp_path):
-    file = tmp_path / "node.key"
-    make = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-f", str(file)]
-    try:
-        subprocess.run([*make, "-N", "secret"], check=True)
-    except FileNotFoundError:
-        pytest.skip("there is no ssh-keygen")
-    with pytest.raises(InputError) as caught:
-        peers.read_private(file)
-    remedy = str(caught.value).partition("`")[2].removesuffix("`")
-    assert remedy == f"ssh-keygen -p -N '' -f {file}"
-    subprocess.run([*shlex.split(remedy), "-q", "-P", "secret"], check=True)
-    assert isinstance(peers.read_private(file), ec.EllipticCurvePrivateKey)
-
-
-def test_a_private_key_of_another_kind_is_refused_with_a_command_that_makes_one(tmp_path):
-    made = ed25519.Ed25519PrivateKey.generate()
-    for form in (PrivateFormat.OpenSSH, PrivateFormat.PKCS8):
-        (tmp_path / "node.key").write_bytes(made.private_bytes(Encoding.PEM, form, NoEncryption()))
-        with pytest.raises(InputError, match="`ssh-keygen -t ecdsa -b 384 -N ''`"):
-            peers.read_private(tmp_path / "node.key")
-
-
 def test_a_fingerprint_is_the_digest_that_openssl_prints_in_groups_of_four(tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl")
@@ -118,11 +92,3 @@ def test_a_fingerprint_is_the_digest_that_openssl_prints_in_groups_of_four(tmp_p
     command = ["openssl", "pkey", "-pubin", "-outform", "DER", "-in", str(tmp_path / "key.pem")]
     der = subprocess.run(command, check=True, capture_output=True).stdout
     assert said.replace(" ", "") == hashlib.sha256(der).hexdigest()
-
-
-def test_simulated_keys_follow_from_seed_and_name():
-    made = {peers.fingerprint(peers.simulated(s, n).public_key()) for s in (1, 2) for n in "abc"}
-    assert len(made) == 6
-    peers.simulated.cache_clear()
-    again = peers.simulated_public(1, ["a", "b"])
-    assert {peers.fingerprint(key) for key in again.values()} <= made

@@ -1,26 +1,14 @@
 """The digest of an order."""
 
 import dataclasses
-import math
 
 import torch
 
 from fedlora.models.adapters import AdapterState
-from fedlora.wire.messages import PrivacySpent
-from tests.samples import privacy_spent, train_order
+from tests.samples import train_order
 
 STATE = AdapterState({"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(4, 2)})
 ORDER = train_order(adapter=STATE)
-
-
-def test_a_stored_record_may_say_inf_in_words_or_be_of_an_older_version():
-    said = dataclasses.asdict(privacy_spent(ledger_epsilon=2.0, ledger_epsilon_alone=3.0))
-    assert dataclasses.asdict(PrivacySpent.stored(said)) == said
-    assert (
-        PrivacySpent.stored(said | {"ledger_epsilon_alone": "inf"}).ledger_epsilon_alone == math.inf
-    )
-    del said["ledger_epsilon_alone"]
-    assert PrivacySpent.stored(said).ledger_epsilon_alone == 2.0
 
 
 def test_every_part_of_an_order_changes_its_digest():
