@@ -4,6 +4,9 @@ It is msgpack in its shortest form: each value carries its type and its length. 
 of values never have the same bytes, and `decode` takes no second encoding of a list.
 """
 
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

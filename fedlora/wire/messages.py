@@ -200,7 +200,9 @@ class PrivacySpent:
     @classmethod
     def stored(cls, said: Mapping[str, Any]) -> "PrivacySpent":
         """A record from a file, in which an infinite number may be a text."""
-        return cls(**{**said, "ledger_epsilon_alone": float(said["ledger_epsilon_alone"])})
+        values: dict[str, Any] = {**said}
+        values["ledger_epsilon_alone"] = float(values["ledger_epsilon_alone"])
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
