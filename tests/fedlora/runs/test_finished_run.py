@@ -242,7 +242,7 @@ def test_a_merged_model_is_no_base_under_dp_on_the_records_that_it_was_trained_o
     known = finished_run.configuration(classifier, {})
     config = known.replace({"model.name": str(tmp_path / "merged"), "privacy.epsilon": 1.0})
     work = trainable.load(config, ("card", "fraud", "loan"))
-    with pytest.raises(InputError, match="from which it was merged, was on"):
+    with pytest.raises(InputError, match="goes back to the run"):
         start_adapter(config, work)
     (tmp_path / "others.csv").write_bytes(complaints.read_bytes())
     for change in (
