@@ -304,7 +304,8 @@ def _uncounted(config: RunConfig, origin: Origin) -> str:
     of_institutions = origin["source"] in (INSTITUTIONS, ONE_INSTITUTION)
     hides = config.privacy.hides_institutions
     if of_institutions and (config.deployed or hides or not origin["private"]):
-        counted = config.deployed and origin["private"] and not hides
+        whole = origin["source"] == INSTITUTIONS  # of one institution's own model no ledger knows
+        counted = config.deployed and origin["private"] and not hides and whole
         return "" if counted else "records of institutions, which this run may be on too"
     names = source(config), origin["source"]
     if all(name.startswith(tables.MEMORY) for name in names):
