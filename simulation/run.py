@@ -89,9 +89,10 @@ def load(kind: str, config: RunConfig) -> Iterator[None]:
             loaded, there is no GPU for `engine.gpus`, or no cluster answers at its address.
     """
     settings = config.engine
+    cluster = os.environ.get("RAY_ADDRESS", "") if kind == "ray" else ""
     if kind == "ray":
-        _reach(settings.ray_address)
-    if not settings.ray_address:  # machines of a cluster have other processors
+        _reach(cluster)
+    if not cluster:  # machines of a cluster have other processors
         check_threads("engine.threads", settings.threads)
         if settings.gpus:
             check_gpu(f"engine.gpus is {settings.gpus:g}", "0")
@@ -110,7 +111,7 @@ def load(kind: str, config: RunConfig) -> Iterator[None]:
     with paused_gc():
         from simulation.engines import ray
 
-    with ray.started(settings.ray_address, processors.count()):
+    with ray.started(cluster, processors.count()):
         yield
 
 
@@ -130,7 +131,7 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except (OSError, UnicodeError, OverflowError) as error:
         raise InputError(
-            f"engine.ray-address is {address}, where no Ray cluster answers ({error}); start Ray "
+            f"RAY_ADDRESS is {address}, where no Ray cluster answers ({error}); start Ray "
             "there (ray start --head) or give another address"
         ) from None
 

@@ -42,7 +42,7 @@ from fedlora.runs.run_files import other_writer
 
 ACCEPTABLE = ("delta", "noise")
 """Findings that void a result (`fedlora.data.findings`), and that ``accept`` may name."""
-ENGINE_ONLY = ("run-dir", "accept", "engine.ray-address", "tracking.")
+ENGINE_ONLY = ("run-dir", "accept", "tracking.")
 """Keys that decide a run's place, speed and refusal, and no result."""
 UNRELEASED = (
     *("home.", "engine.", "adapter.head", "training.physical-batch"),

@@ -9,6 +9,7 @@ KEYS: dict[str, str] = {
     "tracking.mlflow-model": "register RUN_DIR/adapter with MLflow's own command",
     "tracking.tensorboard": 'use tracking.callbacks = ["server.tracking:tensorboard"]',
     "federation.metrics": "compute figures of your own from the rows of `fedlora predict`",
+    "engine.ray-address": "the environment variable RAY_ADDRESS names a cluster to join",
     "engine.workers": "a worker has engine.threads cores, so that these decide their number",
     "training.sample-rate": "training.batch-size below 1 is the share of the records",
     "privacy.clipping": "gradients are clipped to privacy.max-grad-norm",

@@ -491,7 +491,6 @@ class EngineConfig(Section):
     prefix = "engine."
     threads: int = key(1, "threads of a worker", at_least=1)
     gpus: float = key(0.0, "share of a GPU for each worker; 0: CPU", at_least=0)
-    ray_address: str = key("", "a Ray cluster to join; empty: start one on this machine")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def test_other_records_are_another_cell(sweep_file, complaints, tmp_path):
 
 def test_a_cells_name_follows_from_what_it_computes_alone(sweep_file):
     one, _ = sweep.cells(sweep.read(sweep_file('arms = ["federated"]\n[grid]\nseed = [1, 2]')), KEY)
-    text = 'arms = ["federated"]\n[grid]\nseed = [2, 1]\nengine.ray-address = ["auto"]'
+    text = 'arms = ["federated"]\n[grid]\nseed = [2, 1]'
     other, _ = sweep.cells(sweep.read(sweep_file(text)), KEY)
     assert set(one) == set(other) and len(one) == 2
 

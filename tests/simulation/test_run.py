@@ -55,16 +55,16 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_engine_inline(tiny_config, mo
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
-def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address):
+def test_an_address_without_a_cluster_is_refused_at_once(tiny_config, address, monkeypatch):
     with socket.socket() as held:  # nothing listens at it
         held.bind(("127.0.0.1", 0))
         address = address.format(port=held.getsockname()[1])
-        config = tiny_config(**{"engine.ray-address": address})
+        monkeypatch.setenv("RAY_ADDRESS", address)
         with (
             pytest.raises(
-                InputError, match=f"ray-address is {address}, where no Ray cluster answers"
+                InputError, match=f"RAY_ADDRESS is {address}, where no Ray cluster answers"
             ),
-            run.load("ray", config),
+            run.load("ray", tiny_config()),
         ):
             pass
 

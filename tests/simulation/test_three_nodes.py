@@ -114,6 +114,7 @@ def begin(config, folder: Path, *options: str) -> subprocess.Popen[str]:
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
+            env={**os.environ, "RAY_ADDRESS": CLUSTER},  # which the engine inline does not read
         )
 
 
@@ -125,7 +126,7 @@ def test_three_machines_give_the_result_of_one_even_if_one_of_them_is_lost(
     cluster, tiny_config, tmp_path
 ):
     config = tiny_config(**{"federation.rounds": ROUNDS, "adapter.rank": RANK})
-    joined = ("--engine", "ray", "--set", f"engine.ray-address={CLUSTER}")
+    joined = ("--engine", "ray")
     runs = {name: tmp_path / name for name in ("one", "three", "lost")}
 
     assert begin(config, runs["one"], "--engine", "inline").wait(300) == 0
